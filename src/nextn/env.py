@@ -1,0 +1,66 @@
+"""Every NEXTN_* environment variable, read in one place.
+
+Hides the process environment from the rest of the package; ``read_environment`` is called again by each owner that
+needs it, so a test can change a variable without reloading modules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nextn.errors import ConfigError
+
+VARIABLES = {
+    "NEXTN_KERNELS": "force kernels, as op=name pairs: index_logits=reference,sparse_mla=reference",
+    "NEXTN_DISABLE_KERNELS": "never choose these kernels, by name: deep_gemm,triton_portable",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """The package's settings that come from environment variables.
+
+    Attributes:
+        forced_kernels: op name to kernel name; that kernel or an error.
+        disabled_kernels: kernel names that are passed over, with this as the reason.
+    """
+
+    forced_kernels: Mapping[str, str]
+    disabled_kernels: frozenset[str]
+
+
+def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
+    """Read the NEXTN_* variables.
+
+    Args:
+        environ: the mapping to read; ``os.environ`` if None.
+
+    Returns:
+        The settings, with everything unset at its default.
+
+    Raises:
+        ConfigError: NEXTN_KERNELS holds an entry that is not ``op=name``, or an unknown NEXTN_* variable is set.
+
+    Example:
+        >>> read_environment({"NEXTN_KERNELS": "index_logits=reference"}).forced_kernels["index_logits"]
+        'reference'
+    """
+    environ = os.environ if environ is None else environ
+    unknown = sorted(name for name in environ if name.startswith("NEXTN_") and name not in VARIABLES)
+    if unknown:
+        raise ConfigError(f"unknown environment variables {unknown}; known ones are {sorted(VARIABLES)}: unset or rename them")
+    forced = {}
+    for entry in _split(environ.get("NEXTN_KERNELS", "")):
+        op, separator, name = entry.partition("=")
+        if not (op and separator and name):
+            raise ConfigError(f"NEXTN_KERNELS entry {entry!r} is not op=name; write for example index_logits=reference")
+        forced[op] = name
+    return Environment(
+        forced_kernels=forced, disabled_kernels=frozenset(_split(environ.get("NEXTN_DISABLE_KERNELS", "")))
+    )
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,200 @@
+"""Kernel, Launch and choosing: how an op finds the file that runs it.
+
+Hides which kernel files exist. An op's folder is scanned once for modules that export ``KERNEL``; delete a file and
+the op still works, by the next best kernel, down to ``reference``, which takes every problem.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from nextn.env import Environment, read_environment
+from nextn.errors import InputError, UnsupportedError
+from nextn.hardware import ALL_ARCHES, Arch
+
+OPS = ("index_logits", "select_topk", "sparse_mla", "prepare_query", "write_cache", "accept_drafts")
+_NOT_KERNELS = frozenset({"problem", "cases"})
+_log = logging.getLogger("nextn.kernels")
+
+
+class Problem(Protocol):
+    """What choosing needs of an op's problem: sizes, and the architecture it is to run on."""
+
+    @property
+    def arch(self) -> Arch: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One prepared call: everything but the act of launching.
+
+    Attributes:
+        function: a plain function, or a Triton kernel if ``grid`` is given.
+        arguments: its keyword arguments.
+        grid: launch grid, or None for a plain function.
+        options: compile options of a Triton kernel (``num_warps``, ``num_stages``).
+    """
+
+    function: Any
+    arguments: Mapping[str, Any]
+    grid: tuple[int, ...] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self) -> None:
+        if self.grid is None:
+            self.function(**self.arguments)
+        elif 0 not in self.grid:
+            self.function[self.grid](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One way to run an op.
+
+    Attributes:
+        op: the op's name.
+        name: the kernel's name, unique within the op.
+        arches: architectures it is written for.
+        rejects: the only statement of its limits: why it cannot take a problem, as a sentence, or None if it can.
+        prepare: shapes and tensors to a :class:`Launch` that fills the outputs it was given; works on meta tensors.
+        rank: preference among the kernels that can take a problem; the highest wins, the reference is 0.
+        plan: once-per-forward work (a schedule, a workspace) handed to every layer's ``prepare`` as ``plan``; None if
+            the kernel needs none.
+        form: how it would run a problem, for ``explain``: "native [64, 4]", "flattened, since ...".
+    """
+
+    op: str
+    name: str
+    arches: frozenset[Arch] = ALL_ARCHES
+    rejects: Callable[[Any], str | None]
+    prepare: Callable[..., Launch]
+    rank: Callable[[Any], int]
+    plan: Callable[..., Any] | None = None
+    form: Callable[[Any], str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was chosen for a problem, and why nothing better was.
+
+    Attributes:
+        kernel: the kernel to run.
+        form: how it runs this problem, or an empty string.
+        refusals: (kernel name, reason) of every kernel that was passed over because it cannot take the problem.
+        others: names of the kernels that could take it but rank lower.
+    """
+
+    kernel: Kernel
+    form: str
+    refusals: tuple[tuple[str, str], ...]
+    others: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name} ({self.form})" if self.form else self.kernel.name
+
+
+@functools.cache
+def discover(op: str) -> tuple[Kernel, ...]:
+    """Every kernel of ``op``, in order of name, the reference among them.
+
+    Raises:
+        InputError: there is no such op.
+    """
+    if op not in OPS:
+        raise InputError(f"unknown op {op!r}; use one of {list(OPS)}")
+    package = importlib.import_module(f"nextn.ops.{op}")
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    modules = [
+        importlib.import_module(f"{package.__name__}.{name}")
+        for name in names
+        if name not in _NOT_KERNELS and not name.startswith("_") and _is_importable(name)
+    ]
+    return tuple(module.KERNEL for module in modules)
+
+
+def choose(op: str, problem: Problem, *, environment: Environment | None = None) -> Choice:
+    """The best kernel for ``problem``, with every refusal.
+
+    Args:
+        op: the op's name.
+        problem: the op's problem, sizes only.
+        environment: settings; read from the process environment if None.
+
+    Raises:
+        UnsupportedError: no kernel takes the problem, or a forced kernel does not; the message lists every refusal.
+    """
+    environment = read_environment() if environment is None else environment
+    forced = environment.forced_kernels.get(op)
+    accepted: list[Kernel] = []
+    refusals: list[tuple[str, str]] = []
+    for kernel in discover(op):
+        reason = _refusal(kernel, problem, forced, environment)
+        if reason is None:
+            accepted.append(kernel)
+        else:
+            refusals.append((kernel.name, reason))
+    if not accepted:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in refusals)
+        raise UnsupportedError(f"no kernel of {op} takes {problem}: {listed}")
+    accepted.sort(key=lambda kernel: kernel.rank(problem), reverse=True)
+    best = accepted[0]
+    choice = Choice(
+        kernel=best,
+        form=best.form(problem) if best.form else "",
+        refusals=tuple(refusals),
+        others=tuple(kernel.name for kernel in accepted[1:]),
+    )
+    _log_once(op, str(choice), choice.refusals, problem.arch)
+    return choice
+
+
+def same_device(**tensors: torch.Tensor | None) -> torch.device:
+    """The device all the given tensors share.
+
+    Raises:
+        InputError: they lie on more than one device.
+    """
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise InputError(f"tensors lie on several devices: {listed}; move them to one")
+    return next(iter(devices.values()))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)
+
+
+def _refusal(kernel: Kernel, problem: Problem, forced: str | None, environment: Environment) -> str | None:
+    if forced is not None and kernel.name != forced:
+        return f"NEXTN_KERNELS forces {forced}"
+    if kernel.name in environment.disabled_kernels:
+        return "disabled by NEXTN_DISABLE_KERNELS"
+    if problem.arch not in kernel.arches:
+        return f"not written for {problem.arch}"
+    return kernel.rejects(problem)
+
+
+def _is_importable(name: str) -> bool:
+    """Triton files need triton, which a machine without a GPU may lack; every other file must import."""
+    if name.split("_")[0] not in ("triton", "gluon"):
+        return True
+    from nextn.hardware import has_module
+
+    return has_module("triton")
+
+
+@functools.cache
+def _log_once(op: str, chosen: str, refusals: tuple[tuple[str, str], ...], arch: Arch) -> None:
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in refusals) or "nothing"
+    _log.info("%s on %s runs %s; passed over: %s", op, arch, chosen, passed_over)
