@@ -91,7 +91,8 @@ class ForwardBatch:
             context_lens: tokens cached per request once this forward's rows are written; a sequence is checked and
                 copied to the page table's device, an int32 tensor ``[B]`` is used as it is.
             page_table: int32 ``[B, P]``.
-            max_context: upper bound on the lengths; their maximum if the lengths are a sequence, else ``P * page_size``.
+            max_context: upper bound on the lengths; by default their maximum if they are a sequence, else
+                ``P * page_size``.
             page_size: tokens per page.
             visible_lens: int32 ``[R]``, or None.
 

@@ -50,7 +50,9 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     environ = os.environ if environ is None else environ
     unknown = sorted(name for name in environ if name.startswith("NEXTN_") and name not in VARIABLES)
     if unknown:
-        raise ConfigError(f"unknown environment variables {unknown}; known ones are {sorted(VARIABLES)}: unset or rename them")
+        raise ConfigError(
+            f"unknown environment variables {unknown}; known ones are {sorted(VARIABLES)}: unset or rename them"
+        )
     forced = {}
     for entry in _split(environ.get("NEXTN_KERNELS", "")):
         op, separator, name = entry.partition("=")

@@ -40,6 +40,11 @@ class Arch(enum.Enum):
         """Whether this is an AMD GPU the package knows."""
         return self.value.startswith("gfx")
 
+    @property
+    def is_sm100_family(self) -> bool:
+        """Whether this is a B200, GB200 or B300."""
+        return self in (Arch.SM100, Arch.SM103)
+
     def __str__(self) -> str:
         return self.value
 
@@ -130,7 +135,7 @@ def list_devices() -> list[DeviceInfo]:
 
 def is_sm100_supported(device: DeviceInfo) -> bool:
     """Whether ``device`` is of the SM100 family (B200, GB200, B300)."""
-    return device.arch in (Arch.SM100, Arch.SM103)
+    return device.arch.is_sm100_family
 
 
 def is_sm90_supported(device: DeviceInfo) -> bool:

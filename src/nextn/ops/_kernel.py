@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import torch
 
 from nextn.env import Environment, read_environment
-from nextn.errors import InputError, UnsupportedError
+from nextn.errors import ConfigError, InputError, UnsupportedError
 from nextn.hardware import ALL_ARCHES, Arch
 
 OPS = ("index_logits", "select_topk", "sparse_mla", "prepare_query", "write_cache", "accept_drafts")
 _NOT_KERNELS = frozenset({"problem", "cases"})
 _log = logging.getLogger("nextn.kernels")
+_logged: set[tuple[str, str, tuple[str, ...], Arch]] = set()
 
 
 class Problem(Protocol):
@@ -48,11 +49,13 @@ class Launch:
     grid: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self) -> None:
+    def __call__(self) -> Any:
+        """Launch; a plain function's return value is passed on, a Triton kernel has none."""
         if self.grid is None:
-            self.function(**self.arguments)
-        elif 0 not in self.grid:
+            return self.function(**self.arguments)
+        if 0 not in self.grid:
             self.function[self.grid](**self.arguments, **self.options)
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,8 @@ class Kernel:
         plan: once-per-forward work (a schedule, a workspace) handed to every layer's ``prepare`` as ``plan``; None if
             the kernel needs none.
         form: how it would run a problem, for ``explain``: "native [64, 4]", "flattened, since ...".
+        allocates_output: whether it can only write an output of its own. Then ``prepare`` also takes ``out=None``, and
+            the launch returns that output; given an ``out`` it copies into it, and the launch returns ``out``.
     """
 
     op: str
@@ -79,6 +84,7 @@ class Kernel:
     rank: Callable[[Any], int]
     plan: Callable[..., Any] | None = None
     form: Callable[[Any], str] | None = None
+    allocates_output: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +105,21 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.kernel.name} ({self.form})" if self.form else self.kernel.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpPlan:
+    """An op's choice for one forward and what its kernel prepared; every layer's call reuses it.
+
+    Attributes:
+        choice: the kernel to run, and why.
+        problem: the sizes it was chosen for.
+        data: what the kernel's ``plan`` returned (a schedule, a workspace), or None if it plans nothing.
+    """
+
+    choice: Choice
+    problem: Any
+    data: Any = None
 
 
 @functools.cache
@@ -129,9 +150,13 @@ def choose(op: str, problem: Problem, *, environment: Environment | None = None)
         environment: settings; read from the process environment if None.
 
     Raises:
+        ConfigError: NEXTN_KERNELS names an op that does not exist.
         UnsupportedError: no kernel takes the problem, or a forced kernel does not; the message lists every refusal.
     """
     environment = read_environment() if environment is None else environment
+    unknown = sorted(set(environment.forced_kernels) - set(OPS))
+    if unknown:
+        raise ConfigError(f"NEXTN_KERNELS names unknown ops {unknown}; use some of {list(OPS)}")
     forced = environment.forced_kernels.get(op)
     accepted: list[Kernel] = []
     refusals: list[tuple[str, str]] = []
@@ -152,7 +177,7 @@ def choose(op: str, problem: Problem, *, environment: Environment | None = None)
         refusals=tuple(refusals),
         others=tuple(kernel.name for kernel in accepted[1:]),
     )
-    _log_once(op, str(choice), choice.refusals, problem.arch)
+    _log_once(op, choice, problem.arch)
     return choice
 
 
@@ -181,8 +206,19 @@ def _refusal(kernel: Kernel, problem: Problem, forced: str | None, environment: 
     if kernel.name in environment.disabled_kernels:
         return "disabled by NEXTN_DISABLE_KERNELS"
     if problem.arch not in kernel.arches:
-        return f"not written for {problem.arch}"
+        return f"written for {_list_arches(kernel.arches)}; {_describe_arch(problem.arch)}"
     return kernel.rejects(problem)
+
+
+@functools.cache
+def _list_arches(arches: frozenset[Arch]) -> str:
+    return ", ".join(arch.value for arch in Arch if arch in arches)
+
+
+def _describe_arch(arch: Arch) -> str:
+    if arch is Arch.CPU:
+        return "this is a CPU, not a CUDA GPU"
+    return f"{arch} is an AMD GPU" if arch.is_rocm else f"not for {arch}"
 
 
 def _is_importable(name: str) -> bool:
@@ -194,7 +230,11 @@ def _is_importable(name: str) -> bool:
     return has_module("triton")
 
 
-@functools.cache
-def _log_once(op: str, chosen: str, refusals: tuple[tuple[str, str], ...], arch: Arch) -> None:
-    passed_over = "; ".join(f"{name}: {reason}" for name, reason in refusals) or "nothing"
-    _log.info("%s on %s runs %s; passed over: %s", op, arch, chosen, passed_over)
+def _log_once(op: str, choice: Choice, arch: Arch) -> None:
+    """Log a choice when its kernel or the kernels passed over change, not whenever a size does."""
+    key = (op, choice.kernel.name, tuple(name for name, _ in choice.refusals), arch)
+    if key in _logged:
+        return
+    _logged.add(key)
+    passed_over = "; ".join(f"{name}: {reason}" for name, reason in choice.refusals) or "nothing"
+    _log.info("%s on %s runs %s; passed over: %s", op, arch, choice, passed_over)

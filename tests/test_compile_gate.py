@@ -1,0 +1,81 @@
+"""Every Triton and Gluon kernel compiled for every GPU it names, on a machine that has none.
+
+What runs on whose matrix units, and whether it fits, is read from the assembly.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nextn.errors import InputError
+from nextn.hardware import Arch, has_module, pretend_device
+from nextn.ops._kernel import OPS, Kernel, Launch, discover
+from nextn.testing.compile_gate import TARGETS, compile_launch, is_interpreting
+
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.skipif(
+        not has_module("triton") or is_interpreting(), reason="needs triton, and its interpreter turned off"
+    ),
+]
+
+# Cases of each op that are compiled for every architecture, and those compiled for the first one only. The first case
+# stands for an op that is not listed.
+EVERYWHERE = {"index_logits": ("v32_next4",)}
+ONCE = {"index_logits": ("v32_ragged_with_zeros", "few_heads", "smallest_dim", "page_32", "bfloat16_out")}
+ONCE_ON = Arch.SM90
+OPS_WITH_PRODUCTS = frozenset({"index_logits", "sparse_mla"})
+
+
+def gate_parameters() -> Iterator[Any]:
+    for op in OPS:
+        kernels = [kernel for kernel in discover(op) if kernel.name.startswith(("triton", "gluon"))]
+        if not kernels:
+            continue
+        cases = {case.name: case for case in importlib.import_module(f"nextn.ops.{op}.cases").CASES}
+        everywhere = EVERYWHERE.get(op, (next(iter(cases)),))
+        for kernel in kernels:
+            for arch in (arch for arch in TARGETS if arch in kernel.arches):
+                names = everywhere + (ONCE.get(op, ()) if arch is ONCE_ON else ())
+                for name in names:
+                    yield pytest.param(kernel, cases[name], arch, id=f"{op}-{kernel.name}-{name}-{arch}")
+
+
+@pytest.mark.parametrize(("kernel", "case", "arch"), list(gate_parameters()))
+def test_compiles_within_the_limits_of_its_gpu(kernel: Kernel, case: Any, arch: Arch):
+    problem = case.problem(pretend_device(arch))
+    reason = kernel.rejects(problem)
+    if reason is not None:
+        pytest.skip(f"{kernel.name}: {reason}")
+    launch = prepare_on_meta(kernel, problem, case)
+    binary = compile_launch(launch, arch)
+    assert binary.shared_bytes <= TARGETS[arch].shared_bytes
+    assert binary.registers <= (255 if arch.is_cuda else 512)
+    if kernel.op in OPS_WITH_PRODUCTS:
+        assert binary.num_products > 0, f"no {TARGETS[arch].product} in the assembly"
+
+
+def prepare_on_meta(kernel: Kernel, problem: Any, case: Any) -> Launch:
+    """The launch of a case whose tensors hold nothing."""
+    import torch
+
+    inputs = case.inputs("meta")
+    arguments = dict(inputs.arguments)
+    if kernel.op == "index_logits":
+        dtype = getattr(torch, case.out_dtype)
+        arguments["out"] = torch.empty(problem.num_rows, case.max_context, dtype=dtype, device="meta")
+    return kernel.prepare(problem, **arguments)
+
+
+def test_a_plain_function_cannot_be_compiled():
+    with pytest.raises(InputError, match="plain function"):
+        compile_launch(Launch(function=len, arguments={}), Arch.SM90)
+
+
+def test_the_cpu_is_no_target():
+    with pytest.raises(InputError, match="cpu"):
+        compile_launch(Launch(function=len, arguments={}, grid=(1,)), Arch.CPU)
