@@ -1,0 +1,163 @@
+"""The Triton kernel's own claims: how rows are cut leaves no trace, scratch memory is bounded and left clean."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import cycle
+
+import pytest
+import torch
+from op_harness import IS_INTERPRETING, plan_for
+
+from nextn.hardware import Arch, pretend_device
+from nextn.ops._kernel import OpPlan
+from nextn.ops.select_topk import reference
+from nextn.ops.select_topk.cases import DISTRIBUTIONS, SelectTopkCase
+from nextn.ops.select_topk.problem import SelectTopkProblem
+from nextn.testing.poison import poison_output
+
+pytest.importorskip("triton")
+from nextn.ops.select_topk import triton_portable
+from nextn.ops.select_topk.triton_portable import SelectTopkConfig, SelectTopkWorkspace
+
+KERNEL = triton_portable.KERNEL
+interpreted = pytest.mark.skipif(not IS_INTERPRETING, reason="runs in Triton's interpreter")
+
+# 64 logits at once, so that few columns take every path.
+SMALL = SelectTopkConfig(tiles=2, tile_rows=4, tile_columns=8, split_len=16, list_len=32, num_warps=1)
+CUTS = {
+    "registers": dataclasses.replace(SMALL, tiles=10, list_len=64),
+    "blocks": SMALL,
+    "longer_list": dataclasses.replace(SMALL, list_len=64),
+    "two_parts": dataclasses.replace(SMALL, splits=2),
+    "four_parts": dataclasses.replace(SMALL, splits=4, split_len=64),
+}
+
+
+def poisoned_plan(problem: SelectTopkProblem, config: SelectTopkConfig) -> OpPlan:
+    """A plan whose scratch memory holds what would win, and positions far outside every row."""
+    plan = plan_for(KERNEL, problem, device="cpu", config=config)
+    plan.data.values.fill_(float("inf"))
+    plan.data.positions.fill_(2**30)
+    return plan
+
+
+def select(case: SelectTopkCase, plan: OpPlan, seed: int) -> tuple[list[list[int]], list[list[int]]]:
+    """What the kernel and the reference select."""
+    inputs = case.inputs(seed=seed)
+    tensors = {field.name: getattr(inputs, field.name) for field in dataclasses.fields(inputs)}
+    output = poison_output((plan.problem.num_rows, case.topk), torch.int32, "cpu", row_padding=4)
+    KERNEL.prepare(plan.problem, **tensors, out=output.view, plan=plan)()
+    output.assert_untouched_around()
+    expected = torch.empty(plan.problem.num_rows, case.topk, dtype=torch.int32)
+    reference.KERNEL.prepare(plan.problem, **tensors, out=expected)()
+    return output.view.tolist(), expected.tolist()
+
+
+@interpreted
+@pytest.mark.parametrize(("cut", "values"), [*zip(cycle(CUTS), DISTRIBUTIONS), *((cut, "few_levels") for cut in CUTS)])
+def test_how_a_row_is_cut_leaves_no_trace(cut, values):
+    lens, topk = (300, 12, 131), 13
+    case = SelectTopkCase(
+        name="cut", lens=lens, num_columns=304, topk=topk, values=values, rows_per_request=3, page_size=8
+    )
+    problem = case.problem(pretend_device(Arch.SM90))
+    selected, expected = select(case, poisoned_plan(problem, CUTS[cut]), seed=len(cut))
+    assert selected == expected
+
+
+@interpreted
+def test_scratch_memory_serves_every_layer_and_is_left_ready():
+    case = SelectTopkCase(name="layers", lens=(200, 70, 0), num_columns=200, topk=16)
+    plan = poisoned_plan(case.problem(pretend_device(Arch.SM90)), CUTS["four_parts"])
+    for seed in range(2):
+        selected, expected = select(case, plan, seed)
+        assert selected == expected
+        assert not plan.data.arrivals.any()
+
+
+@interpreted
+def test_rows_without_room_for_vectors_are_read_to_their_end_only():
+    case = SelectTopkCase(name="odd", lens=(97, 96, 95), num_columns=97, topk=7)
+    problem = case.problem(pretend_device(Arch.SM90))
+    selected, expected = select(case, poisoned_plan(problem, SMALL), seed=5)
+    assert selected == expected
+
+
+@interpreted
+@pytest.mark.parametrize("exponent", [-140, 100])
+def test_logits_of_any_size_are_told_apart(exponent):
+    generator = torch.Generator().manual_seed(exponent)
+    logits = torch.ldexp(torch.randn(1, 200, generator=generator), torch.tensor(exponent))
+    logits[0, ::7] = -0.0
+    problem = SelectTopkProblem(arch=Arch.SM90, num_sms=4, num_rows=1, num_columns=200, topk=90)
+    config = dataclasses.replace(SMALL, tiles=7, list_len=192)
+    out, expected = torch.empty(1, 90, dtype=torch.int32), torch.empty(1, 90, dtype=torch.int32)
+    tensors = {"logits": logits, "visible_lens": torch.tensor([200], dtype=torch.int32)}
+    tables = {"query_offsets": None, "page_table": None}
+    KERNEL.prepare(problem, **tensors, **tables, out=out, plan=poisoned_plan(problem, config))()
+    reference.KERNEL.prepare(problem, **tensors, **tables, out=expected)()
+    assert out.tolist() == expected.tolist()
+
+
+def make_problem(num_rows: int, num_columns: int, topk: int = 2048) -> SelectTopkProblem:
+    return SelectTopkProblem(arch=Arch.SM90, num_sms=132, num_rows=num_rows, num_columns=num_columns, topk=topk)
+
+
+def plan_on_meta(problem: SelectTopkProblem) -> SelectTopkWorkspace:
+    return plan_for(KERNEL, problem, device="meta").data
+
+
+def test_more_than_2048_columns_of_result_are_refused_with_the_limit():
+    assert KERNEL.rejects(make_problem(1, 65536)) is None
+    assert "2048" in (KERNEL.rejects(make_problem(1, 65536, topk=2049)) or "")
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 64, 132, 133, 8192])
+@pytest.mark.parametrize("num_columns", [0, 1, 8192, 8193, 32768, 32769, 163840, 1 << 20])
+def test_every_size_gets_a_plan_with_bounded_scratch_memory(num_rows, num_columns):
+    workspace = plan_on_meta(make_problem(num_rows, num_columns))
+    assert workspace.values.numel() * 8 <= 64 << 20
+    assert workspace.values.shape == workspace.positions.shape
+    if num_columns <= 32768:
+        assert workspace.values.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_columns", "num_programs"), [(7, 8192, 7), (500, 163840, 132), (4, 163840, 64)]
+)
+def test_programs_are_as_many_as_rows_or_run_at_once(num_rows, num_columns, num_programs):
+    problem = make_problem(num_rows, num_columns)
+    launch = prepare_on_meta(problem)
+    assert launch.grid == (num_programs,)
+
+
+def test_a_row_that_is_no_multiple_of_four_is_not_read_by_vectors():
+    assert prepare_on_meta(make_problem(2, 8192)).arguments["ALIGNED"]
+    assert not prepare_on_meta(make_problem(2, 8190)).arguments["ALIGNED"]
+
+
+def prepare_on_meta(problem: SelectTopkProblem):
+    return KERNEL.prepare(
+        problem,
+        logits=torch.empty(problem.num_rows, problem.num_columns, device="meta"),
+        visible_lens=torch.empty(problem.num_rows, dtype=torch.int32, device="meta"),
+        query_offsets=None,
+        page_table=None,
+        out=torch.empty(problem.num_rows, problem.topk, dtype=torch.int32, device="meta"),
+    )
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.skipif(IS_INTERPRETING, reason="needs Triton's compiler")
+@pytest.mark.parametrize("num_rows", [256, 4])
+@pytest.mark.parametrize("arch", [Arch.SM90, Arch.GFX942])
+def test_logits_stay_in_registers_and_are_read_by_vectors(arch, num_rows):
+    from nextn.testing.compile_gate import compile_launch
+
+    problem = dataclasses.replace(make_problem(num_rows, 32768 if num_rows > 4 else 131072), arch=arch)
+    binary = compile_launch(prepare_on_meta(problem), arch)
+    assert binary.shared_bytes <= 1024, "operands travel through shared memory"
+    if arch.is_cuda:
+        assert binary.assembly.count("ld.global.v4.b32") == 2 * triton_portable.configure(problem).tiles
