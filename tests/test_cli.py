@@ -136,7 +136,7 @@ def test_an_unsupported_weight_dtype_is_named(capsys, tmp_path):
     name = next(name for name in tensors if name.endswith("norm.weight") or name.endswith("weight"))
     tensors[name] = torch.zeros(tensors[name].shape, dtype=torch.int32)
     save_file(tensors, shard)
-    assert_one_clear_line(*run(capsys, "generate", "--prompt", "x", "--model", str(model)), name, "int32")
+    assert_one_clear_line(*run(capsys, "generate", "--prompt", "x", "--model", str(model)), name, "I32")
 
 
 def test_explain_names_the_choice_and_every_refusal(capsys):

@@ -28,7 +28,7 @@ app = cyclopts.App(
 bench_app = cyclopts.App(name="bench", help="Measure: every row is checked before its time is printed.")
 app.command(bench_app)
 
-_DEMO_PROMPT = 'def read_config(path):\n    """Read a configuration file and return its sections."""\n'
+_DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out collection."""'
 
 
 def main(arguments: list[str] | None = None) -> None:

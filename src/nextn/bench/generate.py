@@ -111,7 +111,8 @@ def _run(options: Sequence[str]) -> _Run:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
-        output = process.stdout.read()
+        with process.stdout:
+            output = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)  # not communicate(): it would reap the process and its usage
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
