@@ -182,7 +182,8 @@ ROWS = {
 )
 def test_target_probs_follow_their_definition(name, temperature, top_k, top_p):
     row = ROWS[name]
-    setting = settings_of(2, temperature=temperature, top_k=top_k, top_p=top_p)
+    is_truncated = top_k > 0 or top_p < 1
+    setting = settings_of(2, temperature=temperature, top_k=top_k, top_p=top_p, is_truncated=is_truncated)
     probs = target_probs(torch.tensor([row, row[::-1]]), setting)
     for actual, values in zip(probs, (row, row[::-1])):
         expected = plain_probs(values, max(temperature, 1e-30) if temperature else 0.0, top_k, top_p)
@@ -412,17 +413,19 @@ def test_residual_without_mass_falls_back_to_the_target():
         assert set(accepted.next_ids[::2].tolist()) == {0, 1}
 
 
-def test_draft_probs_that_are_nan_reject_the_draft_and_count_as_zero():
+@pytest.mark.parametrize("drawn_from", [[NAN] * 3, [-1.0] * 3, [0.5, 0.0, 0.5]])
+def test_a_draft_without_a_probability_of_its_own_is_rejected(drawn_from):
     accepted = accept_drafts(
-        torch.zeros(2, 3),
-        torch.tensor([0, 1]),
-        torch.tensor([0, 2], dtype=torch.int32),
-        sampling=settings_of(1),
-        draft_probs=torch.full((2, 3), NAN),
-        positions=torch.tensor([4, 5]),
+        torch.zeros(200, 3),
+        torch.tensor([0, 1]).repeat(100),
+        (torch.arange(101) * 2).int(),
+        sampling=settings_of(100),
+        draft_probs=torch.tensor(drawn_from).expand(200, -1),
+        positions=torch.tensor([4, 5]).repeat(100),
     )
-    assert accepted.accept_lens.tolist() == [1]
-    assert 0 <= accepted.next_ids[0] < 3
+    assert accepted.accept_lens.unique().tolist() == [1]
+    expected = {1} if drawn_from[0] == 0.5 else {0, 1, 2}  # what is left of the target
+    assert set(accepted.next_ids[::2].tolist()) == expected
 
 
 def test_greedy_requests_decide_alike_alone_and_among_sampled_ones():

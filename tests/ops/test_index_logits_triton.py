@@ -55,8 +55,9 @@ def make_products_exact(arguments: dict[str, torch.Tensor]) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("heads", [64, 16])
-@pytest.mark.parametrize("next_n", [1, 2, 3, 4, 5, 6, 7, 8, None])
+@pytest.mark.parametrize(
+    ("next_n", "heads"), [(1, 64), (2, 16), (3, 64), (4, 16), (5, 16), (7, 32), (8, 64), (None, 32)]
+)
 def test_a_row_has_the_same_bits_at_every_depth_and_in_any_batch(next_n, heads):
     inputs = make_case((8,), (140,), heads).inputs()
     make_products_exact(inputs.arguments)

@@ -9,6 +9,9 @@ bisections between, and stops as soon as exactly k logits pass: 6 to 8 passes on
 hostile ones. What passes is the same whatever path the search took.
 """
 
+# Device code is Triton's language, which a type checker takes for Python.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 from __future__ import annotations
 
 import triton

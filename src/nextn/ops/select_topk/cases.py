@@ -157,6 +157,7 @@ CASES = (
     SelectTopkCase(name="tiny", lens=(127, 128, 129, 4096), num_columns=4096, topk=128, rows_per_request=4),
     SelectTopkCase(name="v32", lens=(2047, 2048, 2049, 5000), num_columns=5000, topk=2048, rows_per_request=2),
     SelectTopkCase(name="long_rows", lens=(70_000, 9_001), num_columns=70_000, topk=2048),
+    SelectTopkCase(name="one_long_row", lens=(40_000,), num_columns=40_000, topk=512),
     SelectTopkCase(name="k_above_columns", lens=(0, 5, 7), num_columns=7, topk=16),
     SelectTopkCase(name="k_1", lens=_EDGES, num_columns=300, topk=1),
     SelectTopkCase(name="odd_k", lens=_EDGES, num_columns=301, topk=37),

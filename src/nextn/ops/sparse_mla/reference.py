@@ -122,5 +122,4 @@ KERNEL = Kernel(
     rejects=lambda problem: None,
     prepare=prepare,
     rank=lambda problem: 0,
-    form=lambda problem: "plain PyTorch",
 )
