@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from nextn.errors import InputError
 from nextn.hardware import Arch, has_module, pretend_device
@@ -26,7 +27,10 @@ pytestmark = [
 # Cases of each op that are compiled for every architecture, and those compiled for the first one only. The first case
 # stands for an op that is not listed.
 EVERYWHERE = {"index_logits": ("v32_next4",)}
-ONCE = {"index_logits": ("v32_ragged_with_zeros", "few_heads", "smallest_dim", "page_32", "bfloat16_out")}
+ONCE = {
+    "index_logits": ("v32_decode", "v32_next8", "few_heads", "smallest_dim", "page_32", "bfloat16_out"),
+    "select_topk": ("one_long_row",),  # one row, which Triton would specialise on
+}
 ONCE_ON = Arch.SM90
 OPS_WITH_PRODUCTS = frozenset({"index_logits", "sparse_mla"})
 
@@ -61,14 +65,24 @@ def test_compiles_within_the_limits_of_its_gpu(kernel: Kernel, case: Any, arch: 
 
 def prepare_on_meta(kernel: Kernel, problem: Any, case: Any) -> Launch:
     """The launch of a case whose tensors hold nothing."""
-    import torch
+    return kernel.prepare(problem, **ARGUMENTS[kernel.op](case))
 
+
+def index_logits_arguments(case: Any) -> dict[str, torch.Tensor]:
     inputs = case.inputs("meta")
-    arguments = dict(inputs.arguments)
-    if kernel.op == "index_logits":
-        dtype = getattr(torch, case.out_dtype)
-        arguments["out"] = torch.empty(problem.num_rows, case.max_context, dtype=dtype, device="meta")
-    return kernel.prepare(problem, **arguments)
+    out = torch.empty(*inputs.defined.shape, dtype=getattr(torch, case.out_dtype), device="meta")
+    return {**inputs.arguments, "out": out}
+
+
+def select_topk_arguments(case: Any) -> dict[str, Any]:
+    inputs = case.inputs("meta")
+    names = ("logits", "visible_lens", "query_offsets", "page_table")
+    out = torch.empty(inputs.visible_lens.shape[0], case.topk, dtype=torch.int32, device="meta")
+    return {**{name: getattr(inputs, name) for name in names}, "out": out}
+
+
+# What `prepare` takes of each op that has a Triton kernel, from a case.
+ARGUMENTS = {"index_logits": index_logits_arguments, "select_topk": select_topk_arguments}
 
 
 def test_a_plain_function_cannot_be_compiled():

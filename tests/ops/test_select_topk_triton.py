@@ -148,7 +148,7 @@ def test_every_size_gets_a_plan_with_bounded_scratch_memory(num_rows, num_column
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_columns", "num_programs"), [(7, 8192, 7), (500, 163840, 132), (4, 163840, 64)]
+    ("num_rows", "num_columns", "num_programs"), [(7, 8192, 7), (500, 163840, 132), (4, 163840, 32)]
 )
 def test_programs_are_as_many_as_rows_or_run_at_once(num_rows, num_columns, num_programs):
     problem = make_problem(num_rows, num_columns)

@@ -291,14 +291,16 @@ def _time_cold(function: Any) -> float:
     """Median microseconds with the L2 cache flushed before every run."""
     from triton.testing import do_bench
 
-    return round(do_bench(function, warmup=10, rep=40, return_mode="median") * 1e3, 2)
+    milliseconds: Any = do_bench(function, warmup=10, rep=40, return_mode="median")
+    return round(milliseconds * 1e3, 2)
 
 
 def _time_warm(function: Any) -> float:
     """Median microseconds back to back in a CUDA graph, the logits in the L2 cache where they fit."""
     from triton.testing import do_bench_cudagraph
 
-    return round(do_bench_cudagraph(function, rep=10, return_mode="median") * 1e3, 2)
+    milliseconds: Any = do_bench_cudagraph(function, rep=10, return_mode="median")
+    return round(milliseconds * 1e3, 2)
 
 
 def main() -> int:

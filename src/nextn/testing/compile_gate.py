@@ -12,13 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nextn.errors import InputError
 from nextn.hardware import Arch
-from nextn.ops._kernel import Launch
+
+if TYPE_CHECKING:
+    from nextn.ops._kernel import Launch
 
 _KIB = 1024
 
