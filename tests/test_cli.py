@@ -1,7 +1,10 @@
 """The command line: what a script reads, and one line with exit code 2 for everything the caller got wrong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,3 +182,14 @@ def test_bench_generate_measures_a_fresh_process():
 def test_bench_generate_reports_a_failed_command():
     with pytest.raises(NextnError, match="exit code 2"):
         bench_generate("x", next_n=[2], max_new_tokens=4, runs=1, model="/no/such/folder")
+
+
+def test_the_command_starts_with_threads_that_sleep_while_they_wait():
+    # In a process of its own: the setting only counts if torch was not imported before it was made.
+    script = (
+        "import os, sys; from nextn import cli; assert 'torch' not in sys.modules; "
+        "cli.main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    finished = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)
+    assert finished.stdout.split()[-1] == "passive"

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nextn import __version__
+from nextn.env import let_waiting_threads_sleep
 from nextn.errors import NextnError, RequestError
 
 app = cyclopts.App(
@@ -33,6 +34,7 @@ _DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out collection."""'
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if it did what was asked, 2 if the input was wrong, 130 if interrupted."""
+    let_waiting_threads_sleep()
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except cyclopts.CycloptsError as error:

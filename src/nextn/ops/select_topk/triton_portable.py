@@ -331,7 +331,10 @@ def _arrive(counter, num_parts):
 
 
 def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
-    """The configuration for a problem: the best of those timed in benchmarks/results/select_topk_h100.jsonl, or within 8 %."""
+    """The configuration for a problem.
+
+    The best of those timed in benchmarks/results/select_topk_h100.jsonl, or within 8 % of it.
+    """
     columns = _visible_columns(problem)
     if columns <= 8192:
         return SelectTopkConfig(tiles=2, num_warps=8)
