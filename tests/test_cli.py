@@ -187,8 +187,8 @@ def test_bench_generate_reports_a_failed_command():
 def test_the_command_starts_with_threads_that_sleep_while_they_wait():
     # In a process of its own: the setting only counts if torch was not imported before it was made.
     script = (
-        "import os, sys; from nextn import cli; assert 'torch' not in sys.modules; "
-        "cli.main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
+        "import atexit, os, sys; from nextn import cli; assert 'torch' not in sys.modules; "
+        "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'])); cli.main(['--version'])"
     )
     environ = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     finished = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=True)

@@ -6,8 +6,10 @@ By default each prompt meets one depth alone and two in a batch; with EXHAUSTIVE
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 from nextn.engine.llm import LLM, SHIPPED_MODEL
 from nextn.engine.request import Completion
@@ -32,6 +34,15 @@ _STARTS = [
     f"class {noun.title()}:\n    def {verb}(self, {noun}, default=None):\n" for verb in _VERBS for noun in _NOUNS
 ]
 PROMPTS = [_PREAMBLE + start if index == 0 else start for index, start in enumerate(_STARTS)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

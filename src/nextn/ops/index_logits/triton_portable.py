@@ -14,7 +14,7 @@ share nothing with another row's, hence its bits depend neither on next_n nor on
 """
 
 # Triton's types describe host values; device code is checked by the compile gate.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
 
 from __future__ import annotations
 
