@@ -165,9 +165,7 @@ def bench_generate_command(
     if as_json:
         print(json.dumps({"rows": [row.as_dict() for row in rows]}))
         return
-    table = Table(
-        "next_n", "tokens", "verify steps", "acceptance length", "first token s", "tokens/s", "peak MB", "text"
-    )
+    table = Table("next_n", "tokens", "steps", "tokens/step", "first token s", "tokens/s", "peak MB", "text")
     for row in rows:
         table.add_row(
             str(row.next_n),
