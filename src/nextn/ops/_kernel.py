@@ -18,7 +18,7 @@ import torch
 
 from nextn.env import Environment, read_environment
 from nextn.errors import ConfigError, InputError, UnsupportedError
-from nextn.hardware import ALL_ARCHES, Arch
+from nextn.hardware import ALL_ARCHES, Arch, has_module
 
 OPS = ("index_logits", "select_topk", "sparse_mla", "prepare_query", "write_cache", "accept_drafts")
 _NOT_KERNELS = frozenset({"problem", "cases"})
@@ -200,6 +200,24 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_page_table(query_offsets: torch.Tensor, page_table: torch.Tensor) -> None:
+    """Raise InputError unless the table is int32 ``[B, P]``, columns contiguous, and the offsets int32 ``[B + 1]``."""
+    require(
+        page_table.dtype == torch.int32 and page_table.ndim == 2,
+        f"page_table is {page_table.dtype} {tuple(page_table.shape)}; pass int32 [requests, pages]",
+    )
+    require(
+        page_table.shape[1] < 2 or page_table.stride(1) == 1,
+        f"page_table has column stride {page_table.stride(1)}; its columns must be contiguous",
+    )
+    num_requests = page_table.shape[0]
+    require(
+        query_offsets.dtype == torch.int32 and tuple(query_offsets.shape) == (num_requests + 1,),
+        f"query_offsets is {query_offsets.dtype} {tuple(query_offsets.shape)}; pass int32 [{num_requests + 1}], one "
+        "more than page_table has rows",
+    )
+
+
 def _refusal(kernel: Kernel, problem: Problem, forced: str | None, environment: Environment) -> str | None:
     if forced is not None and kernel.name != forced:
         return f"NEXTN_KERNELS forces {forced}"
@@ -225,8 +243,6 @@ def _is_importable(name: str) -> bool:
     """Triton files need triton, which a machine without a GPU may lack; every other file must import."""
     if name.split("_")[0] not in ("triton", "gluon"):
         return True
-    from nextn.hardware import has_module
-
     return has_module("triton")
 
 

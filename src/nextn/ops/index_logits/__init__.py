@@ -9,7 +9,7 @@ import torch
 
 from nextn.cache_format import IndexCacheFormat, index_cache_format
 from nextn.hardware import describe_device
-from nextn.ops._kernel import OpPlan, choose, require, same_device
+from nextn.ops._kernel import OpPlan, check_page_table, choose, require, same_device
 from nextn.ops.index_logits.problem import IndexLogitsProblem, problem_of
 
 __all__ = ["IndexLogitsProblem", "index_logits", "problem_of"]
@@ -163,20 +163,8 @@ def _check_cache(index_cache: torch.Tensor, cache_format: IndexCacheFormat) -> N
 def _check_batch(
     num_rows: int, query_offsets: torch.Tensor, visible_lens: torch.Tensor, page_table: torch.Tensor
 ) -> None:
-    require(
-        page_table.dtype == torch.int32 and page_table.ndim == 2,
-        f"page_table is {page_table.dtype} {tuple(page_table.shape)}; pass int32 [requests, pages]",
-    )
-    require(
-        page_table.shape[1] < 2 or page_table.stride(1) == 1,
-        f"page_table has column stride {page_table.stride(1)}; its columns must be contiguous",
-    )
+    check_page_table(query_offsets, page_table)
     num_requests = page_table.shape[0]
-    require(
-        query_offsets.dtype == torch.int32 and tuple(query_offsets.shape) == (num_requests + 1,),
-        f"query_offsets is {query_offsets.dtype} {tuple(query_offsets.shape)}; pass int32 [{num_requests + 1}], one "
-        "more than page_table has rows",
-    )
     require(
         visible_lens.dtype == torch.int32 and tuple(visible_lens.shape) == (num_rows,),
         f"visible_lens is {visible_lens.dtype} {tuple(visible_lens.shape)}; pass int32 [{num_rows}]",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from nextn.hardware import describe_device
-from nextn.ops._kernel import OpPlan, choose, require, same_device
+from nextn.ops._kernel import OpPlan, check_page_table, choose, require, same_device
 from nextn.ops.select_topk.problem import SelectTopkProblem, problem_of
 
 __all__ = ["SelectTopkProblem", "problem_of", "select_topk"]
@@ -116,18 +116,6 @@ def _check(
 
 
 def _check_table(num_rows: int, query_offsets: torch.Tensor, page_table: torch.Tensor) -> None:
-    require(
-        page_table.dtype == torch.int32 and page_table.ndim == 2,
-        f"page_table is {page_table.dtype} {tuple(page_table.shape)}; pass int32 [requests, pages]",
-    )
-    require(
-        page_table.shape[1] < 2 or page_table.stride(1) == 1,
-        f"page_table has column stride {page_table.stride(1)}; its columns must be contiguous",
-    )
+    check_page_table(query_offsets, page_table)
     num_requests = page_table.shape[0]
-    require(
-        query_offsets.dtype == torch.int32 and tuple(query_offsets.shape) == (num_requests + 1,),
-        f"query_offsets is {query_offsets.dtype} {tuple(query_offsets.shape)}; pass int32 [{num_requests + 1}], one "
-        "more than page_table has rows",
-    )
     require(num_requests > 0 or num_rows == 0, f"{num_rows} rows but no request; pass a page-table row per request")
