@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -18,8 +19,10 @@ from nextn import ops
 from nextn.backend import DSABackend, LayerCache
 from nextn.batch import ForwardBatch, ForwardMode
 from nextn.cache_format import IndexCacheFormat, LatentCacheFormat
-from nextn.errors import InputError
+from nextn.errors import InputError, UnsupportedError
 from nextn.hardware import Arch, pretend_device
+from nextn.ops._kernel import OPS
+from nextn.ops._kernel import choose as choose_kernel
 from nextn.plan import DSAMetadata, DSASpec
 from tests.stand_ins.install import install_deep_gemm, other_kernels
 
@@ -275,6 +278,126 @@ def test_attention_is_chosen_for_the_backends_hardware_and_mode(monkeypatch, det
     run_forward(backend, fill_caches(), make_batch((2, 2, 2)))
     (problem,) = problems
     assert (problem.arch, problem.next_n, problem.deterministic) == (Arch.SM90, 2, deterministic)
+
+
+def count_choices(monkeypatch) -> list[str]:
+    """Ops in the order they were chosen for, from now on."""
+    chosen: list[str] = []
+
+    def choose(op, problem, **options):
+        chosen.append(op)
+        return choose_kernel(op, problem, **options)
+
+    monkeypatch.setattr("nextn.backend.choose", choose)
+    for op in OPS:
+        monkeypatch.setattr(sys.modules[f"nextn.ops.{op}"], "choose", choose)  # the name also names the function
+    return chosen
+
+
+def test_every_op_is_chosen_in_the_plan_and_no_layer_chooses(monkeypatch):
+    chosen = count_choices(monkeypatch)
+    backend, caches, batch = make_backend(), fill_caches(), make_batch((2, 2, 2))
+    chosen.clear()
+    metadata = backend.init_forward_metadata(batch)
+    ops_of_a_layer = ["write_cache", "prepare_query", "index_logits", "select_topk", "sparse_mla"]
+    assert sorted(chosen) == sorted([*ops_of_a_layer, "write_cache"])  # once more, for layers without an indexer
+    assert list(metadata.kernels) == ops_of_a_layer
+    chosen.clear()
+    generator = torch.Generator().manual_seed(3)
+    for cache in caches:
+        write_keys(backend, cache, metadata, generator)
+        slots = backend.get_topk_paged(cache, metadata, q=torch.randn(6, 32, 128), weights=torch.randn(6, 32))
+        backend.attend(cache, metadata, q=torch.randn(6, 4, 576), topk_slots=slots)
+    backend.write_cache(caches[0], metadata, kv=torch.randn(6, 576), kv_norm_weight=torch.ones(512))
+    assert chosen == []
+    for _ in range(2):
+        backend.write_cache(caches[0], metadata, kv=torch.randn(6, 576), kv_norm_weight=None)
+    assert chosen == ["write_cache"]  # not what was planned: chosen for once
+
+
+def test_a_size_seen_before_is_not_chosen_for_again(monkeypatch):
+    chosen = count_choices(monkeypatch)
+    backend = make_backend()
+    first = backend.init_forward_metadata(make_batch((2, 2, 2)))
+    chosen.clear()
+    second = backend.init_forward_metadata(make_batch((2, 2, 2), context_lens=(9, 300, 70)))
+    assert chosen == []
+    assert second.index_logits.choice is first.index_logits.choice
+    backend.init_forward_metadata(make_batch((2, 1, 2)))
+    assert chosen != []
+
+
+def test_a_setting_changed_between_forwards_is_heeded(monkeypatch):
+    backend = make_backend()
+    backend.init_forward_metadata(make_batch((2, 2, 2)))
+    monkeypatch.setenv("NEXTN_DISABLE_KERNELS", "reference")
+    with pytest.raises(UnsupportedError, match="disabled by NEXTN_DISABLE_KERNELS"):
+        backend.init_forward_metadata(make_batch((2, 2, 2)))
+
+
+def test_activations_of_another_dtype_than_planned_are_planned_for_with_the_same_mode():
+    """Planned for bfloat16 on a GPU; float32 queries must not be read as bfloat16, nor lose deterministic mode."""
+    backend = DSABackend(SPEC, make_rope_table(), hardware=pretend_device(Arch.SM90), deterministic=True)
+    metadata = backend.init_forward_metadata(make_batch((2, 2, 2)))
+    assert metadata.sparse_mla.problem.dtype == metadata.prepare_query.problem.dtype == "bfloat16"
+    fitted = backend._fit(metadata.sparse_mla, dtype="float32")
+    assert (fitted.problem.dtype, fitted.problem.deterministic) == ("float32", True)
+    assert backend._fit(metadata.sparse_mla, dtype="bfloat16") is metadata.sparse_mla
+    told = DSABackend(SPEC, make_rope_table(), hardware=pretend_device(Arch.SM90), dtype=torch.float32)
+    assert told.init_forward_metadata(make_batch((2, 2, 2))).prepare_query.problem.dtype == "float32"
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 8, 20])
+@pytest.mark.parametrize("row_counts", [(20, 1, 9), (4, 4, 4), (0, 29, 0)])
+def test_a_small_budget_scores_in_parts_and_selects_the_same(monkeypatch, row_counts, rows_at_once):
+    """300 columns are padded to 512, so a row takes 2 KB; borders fall inside requests and between them."""
+    whole = run_on_reference(row_counts)
+    monkeypatch.setenv("NEXTN_LOGITS_BUDGET_MB", str(rows_at_once * 2048 / 2**20))
+    largest: list[int] = []
+    score = ops.index_logits
+
+    def index_logits(*arguments, **options):
+        logits = score(*arguments, **options)
+        largest.append(logits.shape[0])
+        return logits
+
+    monkeypatch.setattr(ops, "index_logits", index_logits)
+    metadata, parts = run_forward(make_backend(), fill_caches(), make_batch(row_counts, ForwardMode.EXTEND))
+    assert max(largest) <= rows_at_once
+    assert sum(largest) == LAYERS * sum(row_counts)
+    assert [row for chunk in metadata.chunks for row in range(*chunk.rows.indices(99))] == list(range(sum(row_counts)))
+    assert_same_bits(parts, whole)
+
+
+def test_a_budget_of_the_whole_forward_leaves_it_whole(monkeypatch):
+    monkeypatch.setenv("NEXTN_LOGITS_BUDGET_MB", str(6 * 2048 / 2**20))
+    metadata = make_backend().init_forward_metadata(make_batch((2, 2, 2)))
+    assert len(metadata.chunks) == 1
+    assert metadata.chunks[0].query_offsets is metadata.batch.query_offsets
+    assert metadata.index_logits.problem.next_n == 2
+
+
+def test_uniform_requests_are_not_cut_apart_where_the_budget_holds_one(monkeypatch):
+    monkeypatch.setenv("NEXTN_LOGITS_BUDGET_MB", str(7 * 2048 / 2**20))
+    metadata = make_backend().init_forward_metadata(make_batch((4, 4, 4)))
+    assert [(chunk.rows.start, chunk.rows.stop) for chunk in metadata.chunks] == [(0, 4), (4, 8), (8, 12)]
+    assert [chunk.query_offsets.tolist() for chunk in metadata.chunks] == [[0, 4, 4, 4], [0, 0, 4, 4], [0, 0, 0, 4]]
+
+
+def test_a_prompts_logits_fit_the_default_budget():
+    """4096 rows over 128K columns would be 2 GB; on meta tensors, as nothing of it is needed here."""
+    batch = ForwardBatch.build(
+        ForwardMode.EXTEND,
+        row_counts=[4096],
+        context_lens=torch.empty(1, dtype=torch.int32, device="meta"),
+        page_table=torch.empty(1, 2048, dtype=torch.int32, device="meta"),
+    )
+    moved = replace(batch, query_offsets=batch.query_offsets.to("meta"))
+    backend = DSABackend(
+        SPEC, torch.empty(131072, 64, device="meta"), device="meta", hardware=pretend_device(Arch.SM90)
+    )
+    chunks = backend.init_forward_metadata(moved).chunks
+    assert [chunk.rows.stop - chunk.rows.start for chunk in chunks] == [1024] * 4
 
 
 def test_a_layer_without_an_indexer_has_no_index_cache_and_says_so():

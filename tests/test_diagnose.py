@@ -27,9 +27,9 @@ def test_every_op_is_explained_on_every_machine(op, arch):
 def test_the_sizes_asked_about_reach_the_problem(monkeypatch, tmp_path):
     install_deep_gemm(monkeypatch, tmp_path, generation="B", arch=Arch.SM90)
     device = pretend_device(Arch.SM90)
-    problem = build_problem("index_logits", device=device, batch=64, next_n=4, context=32768, heads=64)
+    problem = build_problem("index_logits", device=device, batch=64, next_n=2, context=32768, heads=64)
     report = explain_op("index_logits", problem)
-    assert (report.kernel, report.form) == ("deep_gemm", "native [64, 4]")
+    assert (report.kernel, report.form) == ("deep_gemm", "native [64, 2]")
     assert "reference" in report.others
     problem = build_problem("index_logits", device=device, batch=64, next_n=3, context=32768, heads=16)
     assert explain_op("index_logits", problem).refusals["deep_gemm"] == "16 index heads on sm90 are not one of 32, 64"
@@ -60,7 +60,8 @@ def test_the_doctor_names_devices_kernels_parts_and_settings(monkeypatch):
     assert report.devices[-1].device.arch is Arch.CPU
     assert set(report.devices[-1].kernels) == set(OPS)
     assert report.devices[-1].kernels["index_logits"].startswith("reference")
-    assert report.variables == {"NEXTN_KERNELS": None, "NEXTN_DISABLE_KERNELS": "fast"}
+    unset = dict.fromkeys(("NEXTN_KERNELS", "NEXTN_LOGITS_BUDGET_MB"))
+    assert report.variables == {**unset, "NEXTN_DISABLE_KERNELS": "fast"}
     assert report.problem is None
     assert set(report.versions) >= {"nextn", "python", "torch"}
     assert json.loads(json.dumps(report.to_dict()))["devices"][-1]["arch"] == "cpu"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -136,6 +138,37 @@ def test_every_op_has_a_reference_that_ranks_lowest_and_unique_names(op):
 def test_an_unknown_op_is_named():
     with pytest.raises(InputError, match="unknown op 'flash'"):
         discover("flash")
+
+
+def test_a_kernel_file_without_a_kernel_is_named(monkeypatch, tmp_path):
+    (tmp_path / "half_written.py").write_text("RANK = 20\n")
+    monkeypatch.setattr(importlib.import_module("nextn.ops.select_topk"), "__path__", [str(tmp_path)])
+    with pytest.raises(ImportError, match=r"half_written\.py exports no KERNEL"):
+        discover.__wrapped__("select_topk")
+
+
+@pytest.mark.parametrize(("num_gpus", "place", "entered"), [(1, "cuda:1", []), (2, "cuda:1", [1]), (2, "cpu", [])])
+def test_a_launch_makes_the_gpu_of_its_tensors_current_where_there_are_several(monkeypatch, num_gpus, place, entered):
+    current, launched_on = [], []
+    monkeypatch.setattr(_kernel, "_has_several_gpus", lambda: num_gpus > 1)
+
+    @contextmanager
+    def guard(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    class OnDevice(torch.Tensor):
+        device = torch.device(place)
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched_on.extend(current)
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    Launch(function=Compiled(), arguments={"size": 3, "x": torch.ones(1).as_subclass(OnDevice)}, grid=(1,))()
+    assert launched_on == entered
+    assert not current
 
 
 def test_a_launch_passes_on_what_its_function_returns_and_skips_an_empty_grid():

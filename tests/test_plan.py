@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from nextn.batch import ForwardBatch, ForwardMode
 from nextn.cache_format import IndexCacheFormat, LatentCacheFormat
-from nextn.env import Environment
-from nextn.errors import InputError, UnsupportedError
+from nextn.env import Environment, read_environment
+from nextn.errors import ConfigError, InputError, UnsupportedError
 from nextn.hardware import Arch, describe_device, pretend_device
+from nextn.ops._kernel import choose
 from nextn.plan import DSAMetadata, DSASpec, list_problems, plan_forward
 from tests.stand_ins.install import install_deep_gemm, other_kernels
 
@@ -103,6 +104,46 @@ def test_a_negative_page_id_writes_nothing():
     assert plan(dataclasses.replace(batch, context_lens=torch.tensor([65], dtype=torch.int32))).slots[0] == -1
 
 
+def test_rows_that_no_request_owns_see_nothing_and_write_nothing():
+    """A graph captured for six rows may be replayed with fewer: the offsets then end before the last row."""
+    batch = make_batch([4, 2], [70, 9])
+    metadata = plan(dataclasses.replace(batch, query_offsets=torch.tensor([0, 3, 4], dtype=torch.int32)))
+    assert metadata.positions.tolist() == [67, 68, 69, 8, 0, 0]
+    assert metadata.visible_lens.tolist() == [68, 69, 70, 9, 0, 0]
+    assert metadata.slots[4:].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("length", [-1, -(2**31), 2**31 - 1])
+def test_wild_context_lengths_stay_within_their_dtypes(length):
+    batch = make_batch([2, 1], [70, 9])
+    batch.context_lens[0] = length
+    metadata = plan(batch)
+    assert metadata.visible_lens.tolist() == [max(length - 1, 0), max(length, 0), 9]
+    assert metadata.slots[:2].tolist() == [-1, -1]
+
+
+def test_workspaces_that_ask_for_a_value_hold_it_once_the_forward_is_planned():
+    """Asked for while kernels are planned, filled with the rows."""
+
+    def plan_topk(problem, *, device, fills):
+        return [
+            fills.ask((3,), torch.int32, 0),
+            fills.ask((2, 2), torch.int64, 2**63 - 1),
+            fills.ask((0,), torch.int32, 1),
+        ]
+
+    def choose_kernel(op, problem, *, environment):
+        choice = choose(op, problem, environment=environment)
+        if op != "select_topk":
+            return choice
+        return dataclasses.replace(choice, kernel=dataclasses.replace(choice.kernel, plan=plan_topk, takes_fills=True))
+
+    zeros, largest, nothing = plan(make_batch([1], [70]), choose_kernel=choose_kernel).select_topk.data
+    assert zeros.tolist() == [0, 0, 0]
+    assert largest.tolist() == [[2**63 - 1] * 2] * 2
+    assert nothing.shape == (0,)
+
+
 def test_a_hosts_own_lengths_are_used_as_they_are():
     visible = torch.tensor([5, 70], dtype=torch.int32)
     batch = make_batch([2], [70], visible_lens=visible)
@@ -174,6 +215,26 @@ def test_rows_not_the_mode_decide_the_form_on_sm100(monkeypatch, tmp_path, mode,
     assert metadata.index_logits.choice.form.startswith("native" if is_native else "flattened")
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "many", "nan", "inf"])
+def test_a_budget_that_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="is not a number of megabytes above 0"):
+        read_environment({"NEXTN_LOGITS_BUDGET_MB": text})
+
+
+def test_the_budget_is_read_in_megabytes_and_512_by_default():
+    assert read_environment({}).logits_budget_bytes == 512 * 2**20
+    assert read_environment({"NEXTN_LOGITS_BUDGET_MB": "0.5"}).logits_budget_bytes == 2**19
+
+
+def test_environments_that_differ_are_cached_apart():
+    kernels = {"index_logits": "reference", "select_topk": "reference"}
+    one, same = (Environment(forced_kernels=dict(items), disabled_kernels=frozenset()) for items in
+                 (kernels.items(), reversed(kernels.items())))  # fmt: skip
+    assert hash(one) == hash(same)
+    assert one == same
+    assert len({one, same, dataclasses.replace(one, logits_budget_bytes=1)}) == 2
+
+
 @pytest.mark.parametrize(("row_counts", "next_n"), [([2, 2], 2), ([2, 1], None)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_listed_problems_are_those_of_the_forward(row_counts, next_n, deterministic):
@@ -182,6 +243,9 @@ def test_the_listed_problems_are_those_of_the_forward(row_counts, next_n, determ
     problems = list_problems(batch, SPEC, device, deterministic=deterministic)
     assert problems["index_logits"] == metadata.index_logits.problem
     assert problems["select_topk"] == metadata.select_topk.problem
+    assert problems["write_cache"] == metadata.write_cache.problem
+    assert problems["prepare_query"] == metadata.prepare_query.problem
+    assert problems["sparse_mla"] == metadata.sparse_mla.problem
     assert (problems["sparse_mla"].next_n, problems["sparse_mla"].deterministic) == (next_n, deterministic)
     assert all(problem.arch is Arch.SM120 for problem in problems.values())
 

@@ -69,6 +69,17 @@ def test_a_write_outside_an_output_is_caught(dtype):
         output.assert_untouched_around()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value"), [(torch.float32, math.nan), (torch.bfloat16, -math.nan), (torch.int32, -1)]
+)
+def test_what_masked_rows_hold_is_caught_outside_an_output_too(dtype, value):
+    output = poison_output((2, 5), dtype, "cpu", row_padding=3)
+    assert (output.view.contiguous().view(torch.uint8) == 255).all()
+    output.view.as_strided((1,), (1,), output.view.storage_offset() + 7).fill_(value)
+    with pytest.raises(AssertionError, match="bytes outside"):
+        output.assert_untouched_around()
+
+
 def test_unused_table_entries_are_wild_and_the_first_is_kept():
     table = poison_table_tails(torch.arange(8, dtype=torch.int32).view(2, 4), torch.tensor([2, 0]))
     assert table.tolist() == [[0, 1, WILD_PAGES[2], WILD_PAGES[3]], [4, *WILD_PAGES[1:]]]

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nextn import ops
 from nextn.batch import ForwardBatch
 from nextn.cache_format import ROPE_DIM
+from nextn.env import read_environment
 from nextn.errors import InputError
 from nextn.hardware import Arch, DeviceInfo, describe_device
 from nextn.ops._kernel import OpPlan, choose
-from nextn.ops.sparse_mla.problem import problem_of as sparse_mla_problem
-from nextn.plan import DSAMetadata, DSASpec, list_problems, plan_forward
+from nextn.plan import DSAMetadata, DSASpec, RowChunk, plan_forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,8 @@ class DSABackend:
         device: where caches and batches lie.
         hardware: what kernels are chosen for; the device itself if None.
         deterministic: choose only kernels whose rows do not depend on the batch around them; on a CPU always so.
+        dtype: of the activations that layers pass, which kernels are planned for; if None float32 on a CPU and bfloat16
+            on a GPU. A layer's call with others, or without norm weights, plans for itself, which takes longer.
 
     Raises:
         InputError: the rope table has another shape or dtype.
@@ -71,6 +73,7 @@ class DSABackend:
         device: torch.device | str = "cpu",
         hardware: DeviceInfo | None = None,
         deterministic: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if rope_table.ndim != 2 or rope_table.shape[1] != ROPE_DIM or rope_table.dtype != torch.float32:
             raise InputError(
@@ -81,7 +84,8 @@ class DSABackend:
         self.rope_table = rope_table.to(self.device)
         self.hardware = describe_device(self.device) if hardware is None else hardware
         self.deterministic = deterministic or self.hardware.arch is Arch.CPU
-        self._choose = functools.lru_cache(maxsize=256)(choose)
+        self._dtype = None if dtype is None else _name(dtype)
+        self._choose = functools.lru_cache(maxsize=1024)(choose)
 
     def allocate_caches(self, num_pages: int, layers: Sequence[bool]) -> tuple[LayerCache, ...]:
         """Zeroed caches, one per layer.
@@ -114,7 +118,14 @@ class DSABackend:
                 f"max_context {batch.max_context} is above the {self.rope_table.shape[0]} positions of the rope table; "
                 "pass the batch a lower max_context, or the backend a longer table"
             )
-        return plan_forward(batch, self.spec, self.hardware, deterministic=self.deterministic)
+        return plan_forward(
+            batch,
+            self.spec,
+            self.hardware,
+            deterministic=self.deterministic,
+            dtype=self._dtype,
+            choose_kernel=self._choose,
+        )
 
     def write_cache(
         self,
@@ -160,6 +171,11 @@ class DSABackend:
             index_norm_eps=index_norm_eps,
             interleaved=self.spec.index_rope_interleaved,
             hadamard=self.spec.hadamard,
+            plan=self._fit(
+                metadata.write_latents if index_k is None else metadata.write_cache,
+                has_latent_norm=kv_norm_weight is not None,
+                has_index_norm=index_norm_weight is not None,
+            ),
         )
 
     def get_topk_paged(
@@ -179,7 +195,6 @@ class DSABackend:
         Raises:
             InputError: the layer has no index cache.
         """
-        batch = metadata.batch
         index_cache = _require_index(cache)
         query, folded = ops.prepare_query(
             q,
@@ -189,25 +204,47 @@ class DSABackend:
             interleaved=self.spec.index_rope_interleaved,
             hadamard=self.spec.hadamard,
             quantise=self.spec.index_format.is_quantised,
+            plan=self._fit(metadata.prepare_query, dtype=_name(q.dtype)),
         )
+        if len(metadata.chunks) == 1:
+            return self._select(metadata, metadata.chunks[0], query, folded, index_cache)
+        out = torch.empty(q.shape[0], self.spec.index_topk, dtype=torch.int32, device=q.device)
+        for chunk in metadata.chunks:
+            rows = chunk.rows
+            self._select(metadata, chunk, query[rows], folded[rows], index_cache, out=out[rows])
+        return out
+
+    def _select(
+        self,
+        metadata: DSAMetadata,
+        chunk: RowChunk,
+        query: torch.Tensor,
+        folded: torch.Tensor,
+        index_cache: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Score and select for the rows of one chunk; its logits live no longer than this call."""
+        batch = metadata.batch
         logits = ops.index_logits(
             query,
             folded,
             index_cache,
-            batch.query_offsets,
-            metadata.visible_lens,
+            chunk.query_offsets,
+            chunk.visible_lens,
             batch.page_table,
             max_context=batch.max_context,
-            plan=metadata.index_logits,
+            plan=chunk.index_logits,
         )
         return ops.select_topk(
             logits,
-            metadata.visible_lens,
+            chunk.visible_lens,
             self.spec.index_topk,
-            query_offsets=batch.query_offsets,
+            query_offsets=chunk.query_offsets,
             page_table=batch.page_table,
             page_size=self.spec.page_size,
-            plan=metadata.select_topk,
+            out=out,
+            plan=chunk.select_topk,
         )
 
     def attend(
@@ -224,34 +261,33 @@ class DSABackend:
         Returns:
             ``[R, num_heads, 512]`` in q's dtype; 0 for a row that selects nothing.
         """
-        offsets = metadata.batch.query_offsets
-        problem = sparse_mla_problem(
-            self.hardware,
-            q=q,
-            kv_cache=cache.kv,
-            indices=topk_slots,
-            query_offsets=offsets,
-            next_n=metadata.batch.next_n,
-            deterministic=self.deterministic,
-        )
-        choice = self._choose("sparse_mla", problem)
-        data = choice.kernel.plan(problem, device=q.device) if choice.kernel.plan is not None else None
-        plan = OpPlan(choice=choice, problem=problem, data=data)
         out, _ = ops.sparse_mla(
-            q, cache.kv, topk_slots, scale=self.spec.softmax_scale, query_offsets=offsets, plan=plan
+            q,
+            cache.kv,
+            topk_slots,
+            scale=self.spec.softmax_scale,
+            query_offsets=metadata.batch.query_offsets,
+            plan=self._fit(metadata.sparse_mla, dtype=_name(q.dtype), topk=topk_slots.shape[1]),
         )
         return out
 
+    def _fit(self, plan: OpPlan, **facts: object) -> OpPlan:
+        """The plan if it was made for a call with these facts, else one made now."""
+        if all(getattr(plan.problem, name) == fact for name, fact in facts.items()):
+            return plan
+        problem = replace(plan.problem, **facts)
+        choice = self._choose(plan.choice.kernel.op, problem, environment=read_environment())
+        data = None if choice.kernel.plan is None else choice.kernel.plan(problem, device=self.device)
+        return OpPlan(choice=choice, problem=problem, data=data)
+
     def kernels(self, metadata: DSAMetadata) -> dict[str, str]:
         """Op name to the kernel that runs it in this forward, in the order of a layer's calls, for display."""
-        dtype = "float32" if self.hardware.arch is Arch.CPU else "bfloat16"
-        problems = list_problems(
-            metadata.batch, self.spec, self.hardware, deterministic=self.deterministic, dtype=dtype
-        )
-        return {
-            op: str(metadata.kernels[op] if op in metadata.kernels else self._choose(op, problem))
-            for op, problem in problems.items()
-        }
+        return {op: str(choice) for op, choice in metadata.kernels.items()}
+
+
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _require_index(cache: LayerCache) -> torch.Tensor:

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nextn import __version__
+from nextn.cli_bench import bench_app
 from nextn.env import let_waiting_threads_sleep
 from nextn.errors import NextnError, RequestError
 
@@ -26,10 +27,7 @@ app = cyclopts.App(
     help="DeepSeek Sparse Attention with native multi-token verification, and the speculative decoding around it.",
     version=__version__,
 )
-bench_app = cyclopts.App(name="bench", help="Measure: every row is checked before its time is printed.")
 app.command(bench_app)
-
-_DEMO_PROMPT = 'class Stack:\n    """A last-in, first-out collection."""'
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,56 +126,6 @@ def generate(
     sys.stdout.write("\n")
     sys.stdout.flush()
     console.print(_completion_table(completion, llm, next_n))
-
-
-@bench_app.command(name="generate")
-def bench_generate_command(
-    prompt: str = _DEMO_PROMPT,
-    *,
-    next_n: tuple[int, ...] = (1, 2, 4, 8),
-    max_new_tokens: int = 128,
-    runs: int = 3,
-    model: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
-) -> None:
-    """Time to the first token, tokens per second and peak memory of ``nextn generate``, in fresh processes.
-
-    Parameters
-    ----------
-    prompt
-        The text to continue.
-    next_n
-        A depth to measure; may be given several times.
-    max_new_tokens
-        Tokens generated per run.
-    runs
-        Runs per depth; the median is reported.
-    model
-        A checkpoint folder; the one that ships inside if not given.
-    as_json
-        Print one JSON object to stdout.
-    """
-    from nextn.bench.generate import bench_generate
-
-    console = Console(stderr=True)
-    with console.status("measuring ..."):
-        rows = bench_generate(prompt, next_n=next_n, max_new_tokens=max_new_tokens, runs=runs, model=model)
-    if as_json:
-        print(json.dumps({"rows": [row.as_dict() for row in rows]}))
-        return
-    table = Table("next_n", "tokens", "steps", "tokens/step", "first token s", "tokens/s", "peak MB", "text")
-    for row in rows:
-        table.add_row(
-            str(row.next_n),
-            str(row.tokens),
-            str(row.verify_steps),
-            f"{row.acceptance_length:.2f}",
-            f"{row.first_token_seconds:.1f}",
-            f"{row.tokens_per_second:.1f}",
-            f"{row.peak_memory_bytes / 1e6:.0f}",
-            "same" if row.same_as_plain else "DIFFERS",
-        )
-    Console().print(table)
 
 
 @app.command

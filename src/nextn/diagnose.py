@@ -37,6 +37,13 @@ _OPTIONAL_PARTS = (
         "DeepGEMM's index logits on SM90 and SM100",
         "build deepseek-ai/DeepGEMM, or pip install sgl-deep-gemm, for this torch and CUDA",
     ),
+    (
+        "flash_mla",
+        ("flash_mla",),
+        ("sgl-flash-mla", "flash-mla", "flash_mla"),
+        "FlashMLA's sparse attention of 64 and 128 heads on SM90",
+        "pip install sgl-flash-mla",
+    ),
     ("server", ("fastapi", "uvicorn"), ("fastapi",), "nextn serve", "pip install 'nextn[serve]'"),
     ("plots", ("matplotlib",), ("matplotlib",), "plots of benchmarks", "pip install 'nextn[bench]'"),
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_harness import DEVICE, kernel_case_pairs, problem_or_skip
+from op_harness import DEVICE, IS_INTERPRETING, kernel_case_pairs, problem_or_skip
 
 from nextn.errors import InputError
 from nextn.ops import accept_drafts
@@ -120,7 +120,7 @@ def decide_by_loops(arguments: dict[str, Any]) -> AcceptedDrafts:
 def test_decides_as_a_loop_over_tokens_does(kernel, case):
     problem = problem_or_skip(kernel, case)
     lens = set()
-    for seed in range(1 if case.vocab > 10_000 else 8):
+    for seed in range(1 if case.vocab > 10_000 else 2 if IS_INTERPRETING else 8):
         arguments = case.inputs(DEVICE, seed=seed)
         accept_lens = poison_output((problem.num_requests, 1), torch.int32, DEVICE)
         next_ids = poison_output((problem.num_rows, 1), torch.int64, DEVICE)
@@ -132,7 +132,7 @@ def test_decides_as_a_loop_over_tokens_does(kernel, case):
         assert out[0].tolist() == expected.accept_lens.tolist()
         assert out[1].tolist() == expected.next_ids.tolist()
         lens |= set(out[0].tolist())
-    if case.name in ("greedy_ragged", "sampled_drafts"):
+    if case.name in ("greedy_ragged", "sampled_drafts") and not IS_INTERPRETING:
         assert lens == set(range(9)), "the case is meant to reach every accepted length"
 
 

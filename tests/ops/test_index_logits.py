@@ -244,6 +244,7 @@ def test_a_nan_key_spoils_its_own_column_alone():
         ({"index_cache": torch.zeros(4, 8449, dtype=torch.uint8)}, r"fits no format for head_dim 128"),
         ({"index_cache": torch.zeros(0, 8448, dtype=torch.uint8)}, r"no page"),
         ({"index_cache": torch.zeros(8448, 4, dtype=torch.uint8).T}, r"contiguous"),
+        ({"index_cache": torch.zeros(33794, dtype=torch.uint8)[2:].view(4, 8448)}, r"starts 2 bytes.*multiple of 4"),
         ({"query_offsets": torch.zeros(2, dtype=torch.int32)}, r"pass int32 \[3\]"),
         ({"query_offsets": torch.zeros(3, dtype=torch.int64)}, r"query_offsets is torch.int64"),
         ({"visible_lens": torch.zeros(5, dtype=torch.int32)}, r"pass int32 \[6\]"),

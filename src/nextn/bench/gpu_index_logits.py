@@ -25,7 +25,7 @@ import torch
 from nextn.batch import ForwardBatch, ForwardMode
 from nextn.cache_format import IndexCacheFormat
 from nextn.hardware import describe_device
-from nextn.ops._kernel import Choice, Kernel, OpPlan
+from nextn.ops._kernel import Choice, Kernel, OpPlan, discover
 from nextn.ops.index_logits import reference
 from nextn.ops.index_logits.cases import CASES
 from nextn.ops.index_logits.problem import IndexLogitsProblem, problem_of
@@ -272,6 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the stages asked for, print a line per result and append JSON lines; 1 if a check failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="gpu_index_logits", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--stage", choices=("check", "bench", "tune"), nargs="+", default=["check", "bench"])
+    kernels = {
+        kernel.name: kernel for kernel in discover("index_logits") if kernel.name.startswith(("triton", "gluon"))
+    }
+    parser.add_argument("--kernel", choices=sorted(kernels), default="triton_portable")
     parser.add_argument("--tune-seconds", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON lines")
     parser.add_argument("--commit", default="unknown", help="the commit these files are of")
@@ -281,22 +285,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     import triton
 
-    from nextn.ops.index_logits.triton_portable import KERNEL
-
+    kernel = kernels[arguments.kernel]
+    if "tune" in arguments.stage and kernel.name != "triton_portable":
+        parser.error(f"--stage tune tries configurations of triton_portable alone, not of {kernel.name}")
     run = {
         "op": "index_logits",
-        "kernel": KERNEL.name,
+        "kernel": kernel.name,
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "commit": arguments.commit,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    depth_checks = (check_depths(KERNEL, heads, rows) for heads, rows in ((64, 24), (64, 35), (32, 24), (8, 24)))
+    depth_shapes = [(64, 24), (64, 35), (32, 24)] + [(8, 24)] * (kernel.name == "triton_portable")
+    depth_checks = (check_depths(kernel, heads, rows) for heads, rows in depth_shapes)
     stages = {
-        "check": itertools.chain(depth_checks, check_cases(KERNEL)),
-        "bench": bench(KERNEL),
-        "tune": tune(KERNEL, arguments.tune_seconds),
+        "check": itertools.chain(depth_checks, check_cases(kernel)),
+        "bench": bench(kernel),
+        "tune": tune(kernel, arguments.tune_seconds),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     with (arguments.out / "gpu_index_logits.jsonl").open("a", encoding="utf-8") as lines:

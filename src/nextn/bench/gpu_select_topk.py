@@ -30,88 +30,15 @@ READ_BANDWIDTH = 3.0e12  # bytes per second, measured on an H100 80GB HBM3
 
 # rows, length, configurations: fields of SelectTopkConfig that are tried side by side.
 SHAPES: tuple[tuple[int, int, tuple[Mapping[str, Any], ...]], ...] = (
-    (
-        1,
-        8192,
-        (
-            {"tiles": 2, "num_warps": 8},
-            {"tiles": 2, "num_warps": 16},
-            {"tiles": 2, "num_warps": 32},
-            {"tiles": 1, "list_len": 4096, "splits": 2, "split_len": 4096, "num_warps": 8},
-        ),
-    ),
-    (
-        256,
-        8192,
-        (
-            {"tiles": 2, "num_warps": 4},
-            {"tiles": 2, "num_warps": 8},
-            {"tiles": 2, "num_warps": 8, "max_registers": 96},
-            {"tiles": 2, "num_warps": 8, "max_registers": 80},
-            {"tiles": 2, "num_warps": 16},
-            {"tiles": 2, "num_warps": 16, "max_registers": 64},
-        ),
-    ),
-    (
-        512,
-        16384,
-        (
-            {"tiles": 4, "num_warps": 8},
-            {"tiles": 4, "num_warps": 8, "max_registers": 128},
-            {"tiles": 4, "num_warps": 16},
-            {"tiles": 4, "num_warps": 16, "max_registers": 80},
-            {"tiles": 4, "num_warps": 16, "max_registers": 64},
-            {"tiles": 4, "num_warps": 32},
-            {"tiles": 4, "num_warps": 16, "max_registers": 64, "prefetch_rows": 264},
-        ),
-    ),
-    (
-        64,
-        32768,
-        (
-            {"tiles": 8, "num_warps": 16},
-            {"tiles": 8, "num_warps": 32},
-            {"tiles": 4, "num_warps": 16, "splits": 2},
-            {"tiles": 2, "num_warps": 8, "splits": 4},
-            {"tiles": 2, "num_warps": 16, "splits": 4},
-        ),
-    ),
-    (
-        256,
-        32768,
-        (
-            {"tiles": 8, "num_warps": 16},
-            {"tiles": 8, "num_warps": 16, "prefetch_rows": 132},
-            {"tiles": 8, "num_warps": 32},
-            {"tiles": 8, "num_warps": 32, "prefetch_rows": 132},
-            {"tiles": 4, "num_warps": 16, "max_registers": 64, "programs_per_sm": 2},
-            {"tiles": 4, "num_warps": 8, "max_registers": 128, "programs_per_sm": 2},
-            {"tiles": 2, "num_warps": 8, "max_registers": 80, "programs_per_sm": 3},
-        ),
-    ),
-    (
-        16,
-        65536,
-        (
-            {"tiles": 8, "num_warps": 16, "splits": 1},
-            {"tiles": 8, "num_warps": 16, "splits": 4},
-            {"tiles": 8, "num_warps": 16, "splits": 8},
-            {"tiles": 8, "num_warps": 32, "splits": 8},
-            {"tiles": 4, "num_warps": 16, "splits": 8},
-        ),
-    ),
-    (
-        4,
-        131072,
-        (
-            {"tiles": 8, "num_warps": 16, "splits": 8},
-            {"tiles": 8, "num_warps": 16, "splits": 16},
-            {"tiles": 8, "num_warps": 32, "splits": 16},
-            {"tiles": 4, "num_warps": 16, "splits": 8},
-        ),
-    ),
-    (1, 1048576, ({"tiles": 8, "num_warps": 16, "splits": 16}, {"tiles": 8, "num_warps": 32, "splits": 16})),
-    (64, 131072, ({"tiles": 8, "num_warps": 16, "splits": 2}, {"tiles": 8, "num_warps": 32, "splits": 2})),
+    (1, 8192, ({"bins": 2048}, {"bins": 4096})),
+    (256, 8192, ({"bins": 2048, "max_registers": 64}, {"bins": 4096, "max_registers": 64})),
+    (512, 16384, ({"tiles": 8}, {"num_warps": 32}, {"max_registers": 64})),
+    (64, 32768, ({"parts": 2, "prefetches": True}, {"parts": 4, "max_registers": 64})),
+    (256, 32768, ({"parts": 2, "max_registers": 64}, {"parts": 4, "max_registers": 64}, {"max_registers": 64})),
+    (16, 65536, ({"parts": 8, "prefetches": True}, {"parts": 4, "prefetches": True})),
+    (4, 131072, ({"parts": 32, "prefetches": True}, {"parts": 16}, {"parts": 16, "samples": 2048})),
+    (1, 1048576, ({"parts": 32, "samples": 4096, "prefetches": True}, {"parts": 16, "samples": 4096})),
+    (64, 131072, ({"parts": 2, "prefetches": True}, {"parts": 4, "prefetches": True})),
 )
 
 # Rows as long as the kernel's paths differ: registers, blocks, split, many blocks, more rows than programs.

@@ -243,7 +243,7 @@ def _load_parts(config: EngineConfig, progress: Progress | None) -> tuple[Any, A
         config.dtype, torch.float32 if device.type == "cpu" else torch.bfloat16
     )
     backend = DSABackend(
-        model_config.attention_spec(config.cache_format), build_rope_table(model_config), device=device
+        model_config.attention_spec(config.cache_format), build_rope_table(model_config), device=device, dtype=dtype
     )
     tokenizer = load_tokenizer(folder)
     report = None if progress is None else (lambda done, total: progress("load", done, total))

@@ -4,7 +4,7 @@ from nextn.model.config import ModelConfig, load_config
 from nextn.model.deepseek import DeepseekV32ForCausalLM
 from nextn.model.mtp import NextNLayer, NextNOutput
 from nextn.model.rotary import build_rope_table
-from nextn.model.tokenizer import TextStream, Tokenizer, load_tokenizer
+from nextn.model.tokenizer import Tokenizer, load_tokenizer
 from nextn.model.weights import load_model
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "ModelConfig",
     "NextNLayer",
     "NextNOutput",
-    "TextStream",
     "Tokenizer",
     "build_rope_table",
     "load_config",

@@ -1,12 +1,11 @@
 """Tokenizer: text to ids and back, without losing a byte.
 
 Hides the byte-level alphabet in which tokenizer.json spells its tokens. Ids are decoded to bytes and bytes to text, so
-that a stream can hold back the first bytes of a character until the rest has come.
+that a character may be split over tokens.
 """
 
 from __future__ import annotations
 
-import codecs
 import functools
 import json
 from collections.abc import Iterable
@@ -71,33 +70,6 @@ class Tokenizer:
     def token_id(self, text: str) -> int | None:
         """The id of the one token spelled ``text``, special tokens included, or None."""
         return self._tokenizer.token_to_id(text)
-
-    def stream(self, *, skip_special: bool = True) -> TextStream:
-        """A decoder for ids that come a few at a time."""
-        return TextStream(self, skip_special=skip_special)
-
-
-class TextStream:
-    """Decodes ids as they come; never gives half a character.
-
-    Example:
-        >>> stream = load_tokenizer("path/to/checkpoint").stream()  # doctest: +SKIP
-        >>> "".join([*map(stream.push, [[5], [6, 7]]), stream.finish()])  # doctest: +SKIP
-        'hello'
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """The characters these ids complete; perhaps none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids, skip_special=self._skip_special))
-
-    def finish(self) -> str:
-        """What is left: U+FFFD for a character that never ended."""
-        return self._decoder.decode(b"", final=True)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

@@ -11,6 +11,7 @@ import importlib
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from nextn.hardware import ALL_ARCHES, Arch, has_module
 
 OPS = ("index_logits", "select_topk", "sparse_mla", "prepare_query", "write_cache", "accept_drafts")
 _NOT_KERNELS = frozenset({"problem", "cases"})
+_NO_GUARD = nullcontext()
 _log = logging.getLogger("nextn.kernels")
 _logged: set[tuple[str, str, tuple[str, ...], Arch]] = set()
 
@@ -50,11 +52,15 @@ class Launch:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self) -> Any:
-        """Launch; a plain function's return value is passed on, a Triton kernel has none."""
+        """Launch; a plain function's return value is passed on, a Triton kernel has none.
+
+        A Triton kernel is launched on the GPU its tensors lie on, whichever is current.
+        """
         if self.grid is None:
             return self.function(**self.arguments)
         if 0 not in self.grid:
-            self.function[self.grid](**self.arguments, **self.options)
+            with _on_device_of(self.arguments) if _has_several_gpus() else _NO_GUARD:
+                self.function[self.grid](**self.arguments, **self.options)
         return None
 
 
@@ -74,6 +80,8 @@ class Kernel:
         form: how it would run a problem, for ``explain``: "native [64, 4]", "flattened, since ...".
         allocates_output: whether it can only write an output of its own. Then ``prepare`` also takes ``out=None``, and
             the launch returns that output; given an ``out`` it copies into it, and the launch returns ``out``.
+        takes_fills: whether ``plan`` also takes ``fills``, which it asks for memory that must start with one value: the
+            forward's plan then fills it in a launch it makes anyway. None if the call plans for itself alone.
     """
 
     op: str
@@ -85,6 +93,7 @@ class Kernel:
     plan: Callable[..., Any] | None = None
     form: Callable[[Any], str] | None = None
     allocates_output: bool = False
+    takes_fills: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +137,7 @@ def discover(op: str) -> tuple[Kernel, ...]:
 
     Raises:
         InputError: there is no such op.
+        ImportError: a kernel file exports no ``KERNEL``.
     """
     if op not in OPS:
         raise InputError(f"unknown op {op!r}; use one of {list(OPS)}")
@@ -138,6 +148,11 @@ def discover(op: str) -> tuple[Kernel, ...]:
         for name in names
         if name not in _NOT_KERNELS and not name.startswith("_") and _is_importable(name)
     ]
+    for module in modules:
+        if not isinstance(getattr(module, "KERNEL", None), Kernel):
+            raise ImportError(
+                f"{module.__file__} exports no KERNEL; define one, or start the file's name with an underscore"
+            )
     return tuple(module.KERNEL for module in modules)
 
 
@@ -216,6 +231,17 @@ def check_page_table(query_offsets: torch.Tensor, page_table: torch.Tensor) -> N
         f"query_offsets is {query_offsets.dtype} {tuple(query_offsets.shape)}; pass int32 [{num_requests + 1}], one "
         "more than page_table has rows",
     )
+
+
+@functools.cache
+def _has_several_gpus() -> bool:
+    return torch.cuda.device_count() > 1
+
+
+def _on_device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Makes the GPU of the first tensor current; changes nothing if that is no GPU."""
+    device = next((value.device for value in arguments.values() if isinstance(value, torch.Tensor)), None)
+    return _NO_GUARD if device is None or device.type != "cuda" else torch.cuda.device(device)
 
 
 def _refusal(kernel: Kernel, problem: Problem, forced: str | None, environment: Environment) -> str | None:

@@ -1,6 +1,7 @@
 """Memory filled so that touching what must not be touched shows.
 
-Hides the bytes: 0xFF everywhere is NaN in e4m3, bfloat16 and float32 alike, and -1 in integers.
+Hides the bytes. What must not be read is 0xFF throughout: NaN in e4m3, bfloat16 and float32 alike, and -1 in integers.
+What must not be written is another byte, since -1 and NaN are what a kernel would write there.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 import torch
 
 POISON_BYTE = 0xFF
+GUARD_BYTE = 0xA5  # no NaN in any dtype, neither -1 nor 0, and no token, position or page id of 4 such bytes
 WILD_PAGES = (2**30, -1, 2**31 - 1, -(2**31))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoisonedOutput:
-    """An output inside poisoned memory.
+    """A poisoned output inside guarded memory.
 
     Attributes:
-        view: the output, rows further apart than they are long.
+        view: the output, rows further apart than they are long, ``POISON_BYTE`` throughout.
         memory: all bytes around and including it.
         owned: bool, one per byte of ``memory``: whether it belongs to ``view``.
     """
@@ -33,7 +35,7 @@ class PoisonedOutput:
         Raises:
             AssertionError: a byte around the view changed.
         """
-        changed = (self.memory.cpu() != POISON_BYTE) & ~self.owned
+        changed = (self.memory.cpu() != GUARD_BYTE) & ~self.owned
         assert not changed.any(), f"{int(changed.sum())} bytes outside the output were written"
 
 
@@ -53,12 +55,14 @@ def poison_output(
     guard = 256  # elements; keeps the view's start aligned
     total = guard * 2 + num_rows * (row + row_padding)
     flat = torch.empty(total, dtype=dtype, device=device)
-    memory = flat.view(torch.uint8).fill_(POISON_BYTE)
     places = torch.arange(total)[guard : total - guard].view(num_rows, row + row_padding)[:, :row]
     owned = torch.zeros(total, dtype=torch.bool)
     owned[places.reshape(-1)] = True
+    owned = owned.repeat_interleave(flat.element_size())
+    memory = flat.view(torch.uint8)
+    memory.copy_(torch.where(owned, POISON_BYTE, GUARD_BYTE))
     view = flat[guard : total - guard].view(num_rows, row + row_padding)[:, :row].unflatten(1, row_shape)
-    return PoisonedOutput(view=view, memory=memory, owned=owned.repeat_interleave(flat.element_size()))
+    return PoisonedOutput(view=view, memory=memory, owned=owned)
 
 
 def poison_cache(cache: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,12 @@ import torch
 from nextn.cache_format import IndexCacheFormat, index_cache_format
 from nextn.hardware import describe_device
 from nextn.ops._kernel import OpPlan, check_page_table, choose, require, same_device
+from nextn.ops.index_logits._contiguous import contiguous_index_logits
 from nextn.ops.index_logits.problem import IndexLogitsProblem, problem_of
 
-__all__ = ["IndexLogitsProblem", "index_logits", "problem_of"]
+__all__ = ["IndexLogitsProblem", "contiguous_index_logits", "index_logits", "problem_of"]
+
+_ROW_ALIGNMENT = 64  # columns; rows that begin on 256 bytes are written and read in whole vectors
 
 
 def index_logits(
@@ -65,7 +68,8 @@ def index_logits(
         _check_plan(plan.problem, q, index_cache, page_table, max_context)
     kernel = plan.choice.kernel
     if out is None and not kernel.allocates_output:
-        out = torch.empty(q.shape[0], max_context, device=q.device)
+        columns = -(-max_context // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        out = torch.empty(q.shape[0], columns, device=q.device)[:, :max_context]
     launch = kernel.prepare(
         plan.problem,
         q=q,
@@ -157,6 +161,12 @@ def _check_cache(index_cache: torch.Tensor, cache_format: IndexCacheFormat) -> N
         is_dense and (index_cache.shape[0] == 1 or index_cache.stride(0) % 4 == 0),
         f"index_cache has strides {index_cache.stride()}; keep each page of {cache_format.page_bytes} bytes contiguous "
         "and pages a multiple of 4 bytes apart",
+    )
+    offset_bytes = index_cache.storage_offset() * index_cache.element_size()
+    require(
+        offset_bytes % 4 == 0,
+        f"index_cache starts {offset_bytes} bytes into its storage; its scales are read as float32, so start it at a "
+        "multiple of 4",
     )
 
 

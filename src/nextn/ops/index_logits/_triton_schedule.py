@@ -3,13 +3,14 @@
 Hides how ragged requests become equal shares. Rows of one request form groups of at most ``rows_per_group``; the tiles
 of all groups, weighted by what a tile costs, form one line that is cut into equal slices, one per program.
 
-Everything is computed on the device in two launches, so a CUDA graph can capture it. A list that does not fit the
-lengths of a later call gives wrong logits, but neither hangs nor leaves a tensor: kernels hold every entry within the
-call's sizes and read the lengths themselves.
+Everything is computed on the device in one launch, so a CUDA graph can capture it: one program lists the groups, and
+after a barrier looks up where each share begins. A list that does not fit the lengths of a later call gives wrong
+logits, but neither hangs nor leaves a tensor: kernels hold every entry within the call's sizes and read the lengths
+themselves. Floor: a few KB, so it takes as long as its chains of dependent loads.
 """
 
 # Triton's types describe host values; device code is checked by the compile gate.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -20,11 +21,19 @@ import triton
 import triton.language as tl
 
 from nextn.ops._kernel import Launch
+from nextn.ops._triton_rows import find_request
 
 RECORD = 8  # int32 per program: group, first tile, and the group's record; a power of two, for aligned loads
 GROUP_RECORD = 4  # int32 per group: first row, rows, request, tiles
-_ROW_BLOCK = 512
-_PROGRAM_BLOCK = 128
+# Time of a tile by the rows of its group, in halves of a row's matrix work: up to three rows hide behind the loads.
+TILE_COSTS = (3, 3, 4, 4, 6, 6, 8, 8)
+# Keys between the starts of neighbouring rows from which on they do not share a group, whose tiles cover both.
+START_JUMP = tl.constexpr(256)
+_FEW = 256  # requests or rows that a small launch lists at once
+# Few or not: lanes to list groups with, lanes to share out with, warps. On an H100, of 14 cuts, a whole plan among
+# captured ones: 64 requests of 4 rows 5.3 us (with 512 lanes to share out 5.9), 1024 requests 9.1 us (with 256 lanes
+# and 8 warps 9.3).
+_BLOCKS = {True: (256, 256, 8), False: (1024, 512, 16)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,81 +55,134 @@ class WorkSchedule:
 
 
 @triton.jit
-def tile_cost(num_rows):
-    """Time of one tile of a group, in units of half a row's matrix work: up to three rows hide behind the loads."""
-    return tl.maximum((num_rows + 1) // 2 * 2, 3)
+def _bound_by_request(offsets_ptr, request, num_requests, num_rows):
+    """First row of each request, one past its last, and whether there is one; every request is one group."""
+    mask = request < num_requests
+    row = tl.load(offsets_ptr + request, mask=mask, other=0)
+    stop = tl.minimum(tl.load(offsets_ptr + request + 1, mask=mask, other=0), num_rows)
+    return row, stop, mask & (row >= 0) & (row < stop)
 
 
-@triton.jit(do_not_specialize=["num_requests", "num_rows", "max_context", "max_groups", "search_steps"])
-def _list_groups_kernel(
-    query_offsets_ptr,
-    visible_lens_ptr,
-    groups_ptr,
-    cost_offsets_ptr,
-    totals_ptr,
-    num_requests,
-    num_rows,
-    max_context,
-    max_groups,
-    search_steps,
-    ROWS_PER_GROUP: tl.constexpr,
-    TILE: tl.constexpr,
+@triton.jit
+def _bound_by_row(offsets_ptr, row, num_requests, num_rows, search_steps, ROWS_PER_GROUP: tl.constexpr):
+    """Request of each row, one past its group's last row, and whether the row is its group's first."""
+    request = find_request(offsets_ptr, row, num_requests, search_steps)
+    mask = (row < num_rows) & (request < num_requests)
+    start = tl.load(offsets_ptr + request, mask=mask, other=0)
+    stop = tl.minimum(tl.load(offsets_ptr + request + 1, mask=mask, other=0), num_rows)
+    is_first = mask & (start >= 0) & (start <= row) & ((row - start) % ROWS_PER_GROUP == 0)
+    return request, tl.minimum(row + ROWS_PER_GROUP, stop), is_first
+
+
+@triton.jit
+def _begins_span(starts_ptr, row, num_rows, num_keys, ROWS_PER_GROUP: tl.constexpr):
+    """Whether a group of contiguous keys begins at each row: every ROWS_PER_GROUP rows, and where the start jumps."""
+    mask = (row > 0) & (row < num_rows)
+    start = tl.load(starts_ptr + row, mask=mask, other=0)
+    before = tl.load(starts_ptr + row - 1, mask=mask, other=0)
+    step = tl.minimum(tl.maximum(start, 0), num_keys) - tl.minimum(tl.maximum(before, 0), num_keys)
+    return (row % ROWS_PER_GROUP == 0) | (tl.abs(step) > START_JUMP)
+
+
+@triton.jit
+def _bound_by_span(starts_ptr, row, num_rows, num_keys, ROWS_PER_GROUP: tl.constexpr):
+    """One past the last row of the group that begins at each row, and whether one does."""
+    is_first = (row < num_rows) & _begins_span(starts_ptr, row, num_rows, num_keys, ROWS_PER_GROUP)
+    stop = row + 1
+    for i in tl.static_range(1, ROWS_PER_GROUP):
+        goes_on = (stop == row + i) & (row + i < num_rows)
+        goes_on &= ~_begins_span(starts_ptr, row + i, num_rows, num_keys, ROWS_PER_GROUP)
+        stop = tl.where(goes_on, row + i + 1, stop)
+    return stop, is_first
+
+
+@triton.jit
+def find_span(lens_ptr, starts_ptr, row, is_row, num_keys, HAS_STARTS: tl.constexpr):
+    """First key each row sees and one past its last, within the keys there are; both 0 for a row that sees none."""
+    stop = tl.minimum(tl.load(lens_ptr + row, mask=is_row, other=0), num_keys)
+    start = tl.zeros_like(stop)
+    if HAS_STARTS:
+        start = tl.maximum(tl.load(starts_ptr + row, mask=is_row, other=0), 0)
+    return tl.where(start < stop, start, 0), tl.where(start < stop, stop, 0)
+
+
+@triton.jit
+def _count_tiles(
+    lens_ptr, starts_ptr, row, stop, is_first, num_keys, ROWS_PER_GROUP: tl.constexpr, TILE: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):  # fmt: skip
+    """Tiles from the first key that a row of each group sees to the last."""
+    first_key = tl.zeros_like(row) + 2147483647
+    last_key = tl.zeros_like(row)
+    for i in tl.static_range(ROWS_PER_GROUP):
+        start, end = find_span(lens_ptr, starts_ptr, row + i, is_first & (row + i < stop), num_keys, HAS_STARTS)
+        first_key = tl.where(end > 0, tl.minimum(first_key, start), first_key)
+        last_key = tl.maximum(last_key, end)
+    return tl.where(last_key > 0, tl.cdiv(last_key - tl.minimum(first_key, last_key), TILE), 0)
+
+
+@triton.jit
+def _list_groups(
+    offsets_ptr, lens_ptr, starts_ptr, groups_ptr, cost_offsets_ptr, num_requests, num_rows, num_keys, max_groups,
+    search_steps, ROWS_PER_GROUP: tl.constexpr, TILE: tl.constexpr, COSTS: tl.constexpr, LISTED_BY: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    offs = tl.arange(0, BLOCK)
+):  # fmt: skip
+    """Write every group that has a tile and the cost of all before it; return their number and the cost of all."""
+    HAS_STARTS: tl.constexpr = LISTED_BY == "span"
     num_groups = tl.zeros((), tl.int32)
-    cost = tl.zeros((), tl.int64)
-    for first_row in range(0, num_rows, BLOCK):
-        row = first_row + offs
-        low = tl.zeros((BLOCK,), tl.int32)  # requests that end at or before the row
-        high = tl.zeros((BLOCK,), tl.int32) + num_requests
-        for _ in range(search_steps):
-            middle = (low + high) // 2
-            ends_before = tl.load(query_offsets_ptr + middle + 1, mask=low < high, other=0) <= row
-            low, high = tl.where((low < high) & ends_before, middle + 1, low), tl.where(ends_before, high, middle)
-        mask_row = (row < num_rows) & (low < num_requests)
-        start = tl.load(query_offsets_ptr + low, mask=mask_row, other=0)
-        stop = tl.minimum(tl.load(query_offsets_ptr + low + 1, mask=mask_row, other=0), num_rows)
-        is_first = mask_row & (start >= 0) & (start <= row) & ((row - start) % ROWS_PER_GROUP == 0)
-        length = tl.zeros((BLOCK,), tl.int32)
-        for i in tl.static_range(ROWS_PER_GROUP):
-            visible = tl.load(visible_lens_ptr + row + i, mask=is_first & (row + i < stop), other=0)
-            length = tl.maximum(length, visible)
-        num_tiles = tl.cdiv(tl.minimum(length, max_context), TILE)
-        is_group = is_first & (num_tiles > 0)
+    total = tl.zeros((), tl.int64)
+    num_units = num_requests if LISTED_BY == "request" else num_rows
+    for first in range(0, num_units, BLOCK):
+        unit = first + tl.arange(0, BLOCK)
+        if LISTED_BY == "request":
+            request = unit
+            row, stop, is_first = _bound_by_request(offsets_ptr, request, num_requests, num_rows)
+        elif LISTED_BY == "row":
+            row = unit
+            request, stop, is_first = _bound_by_row(
+                offsets_ptr, row, num_requests, num_rows, search_steps, ROWS_PER_GROUP
+            )
+        else:
+            row = unit
+            request = tl.zeros_like(row)
+            stop, is_first = _bound_by_span(starts_ptr, row, num_rows, num_keys, ROWS_PER_GROUP)
+        tiles = _count_tiles(lens_ptr, starts_ptr, row, stop, is_first, num_keys, ROWS_PER_GROUP, TILE, HAS_STARTS)
         rows = tl.minimum(stop - row, ROWS_PER_GROUP)
-        costs = tl.where(is_group, num_tiles.to(tl.int64) * tile_cost(rows), 0)
-        is_group = is_group.to(tl.int32)
-        group = num_groups + tl.cumsum(is_group, 0) - 1
-        mask_group = (is_group > 0) & (group < max_groups)
+        is_group = is_first & (tiles > 0)
+        costs = tl.where(is_group, tiles.to(tl.int64) * _tile_cost(rows, COSTS, ROWS_PER_GROUP), 0)
+        # One scan for both sums: a block counts at most 1024 groups, in 11 bits, and its costs fit the other 52.
+        both = costs * 2048 + is_group.to(tl.int64)
+        up_to_here = tl.cumsum(both, 0)
+        group = num_groups + (up_to_here % 2048).to(tl.int32) - 1
+        mask_group = is_group & (group < max_groups)
         tl.store(groups_ptr + group * 4, row, mask=mask_group)
         tl.store(groups_ptr + group * 4 + 1, rows, mask=mask_group)
-        tl.store(groups_ptr + group * 4 + 2, low, mask=mask_group)
-        tl.store(groups_ptr + group * 4 + 3, num_tiles, mask=mask_group)
-        tl.store(cost_offsets_ptr + group, cost + tl.cumsum(costs, 0) - costs, mask=mask_group)
-        num_groups += tl.sum(is_group, 0)
-        cost += tl.sum(costs, 0)
-    tl.store(totals_ptr, num_groups.to(tl.int64))
-    tl.store(totals_ptr + 1, cost)
+        tl.store(groups_ptr + group * 4 + 2, request, mask=mask_group)
+        tl.store(groups_ptr + group * 4 + 3, tiles, mask=mask_group)
+        tl.store(cost_offsets_ptr + group, total + up_to_here // 2048 - costs, mask=mask_group)
+        all_of_block = tl.sum(both, 0)
+        num_groups += (all_of_block % 2048).to(tl.int32)
+        total += all_of_block // 2048
+    return tl.minimum(num_groups, max_groups), total
 
 
-@triton.jit(do_not_specialize=["num_programs", "max_groups", "search_steps"])
-def _share_out_kernel(
-    groups_ptr,
-    cost_offsets_ptr,
-    totals_ptr,
-    programs_ptr,
-    num_programs,
-    max_groups,
-    search_steps,
-    BLOCK: tl.constexpr,
-):
-    program = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    num_groups = tl.minimum(tl.load(totals_ptr).to(tl.int32), max_groups)
-    total = tl.load(totals_ptr + 1)
+@triton.jit
+def _tile_cost(rows, COSTS: tl.constexpr, ROWS_PER_GROUP: tl.constexpr):
+    cost = tl.zeros_like(rows) + COSTS[0]
+    for i in tl.static_range(1, ROWS_PER_GROUP):
+        cost = tl.where(rows == i + 1, COSTS[i], cost)
+    return cost
+
+
+@triton.jit
+def _share_out(
+    groups_ptr, cost_offsets_ptr, programs_ptr, program, num_groups, total, num_programs, search_steps,
+    COSTS: tl.constexpr, ROWS_PER_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write where each program's share begins."""
     target = program.to(tl.int64) * total // num_programs
-    low = tl.zeros((BLOCK,), tl.int32)  # groups that start at or before the target
-    high = tl.zeros((BLOCK,), tl.int32) + num_groups
+    low = tl.zeros_like(program)  # groups that start at or before the target
+    high = tl.zeros_like(program) + num_groups
     for _ in range(search_steps):
         middle = (low + high) // 2
         starts_before = tl.load(cost_offsets_ptr + middle, mask=low < high, other=0) <= target
@@ -128,11 +190,11 @@ def _share_out_kernel(
     group = tl.maximum(low - 1, 0)
     mask_group = group < num_groups
     rows = tl.load(groups_ptr + group * 4 + 1, mask=mask_group, other=1)
-    num_tiles = tl.load(groups_ptr + group * 4 + 3, mask=mask_group, other=0)
-    cost = tile_cost(rows)
+    tiles = tl.load(groups_ptr + group * 4 + 3, mask=mask_group, other=0)
+    cost = _tile_cost(rows, COSTS, ROWS_PER_GROUP)
     offset = tl.load(cost_offsets_ptr + group, mask=mask_group, other=0)
     tile = ((target - offset + cost - 1) // cost).to(tl.int32)
-    is_past = tile >= num_tiles
+    is_past = tile >= tiles
     group = tl.where(is_past, group + 1, group)
     tile = tl.where(is_past, 0, tile)
     mask_program = program <= num_programs
@@ -142,6 +204,44 @@ def _share_out_kernel(
     for i in tl.static_range(4):
         field = tl.load(groups_ptr + group * 4 + i, mask=group < num_groups, other=0)
         tl.store(record_ptr + 2 + i, field, mask=mask_program)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_requests", "num_rows", "num_keys", "max_groups", "num_programs", "request_steps", "group_steps"
+    ]
+)  # fmt: skip
+def _fill_schedule_kernel(
+    offsets_ptr,
+    lens_ptr,
+    starts_ptr,
+    groups_ptr,
+    cost_offsets_ptr,
+    programs_ptr,
+    num_requests,
+    num_rows,
+    num_keys,
+    max_groups,
+    num_programs,
+    request_steps,
+    group_steps,
+    ROWS_PER_GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    COSTS: tl.constexpr,
+    LISTED_BY: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROGRAM_BLOCK: tl.constexpr,
+):
+    num_groups, total = _list_groups(
+        offsets_ptr, lens_ptr, starts_ptr, groups_ptr, cost_offsets_ptr, num_requests, num_rows, num_keys, max_groups,
+        request_steps, ROWS_PER_GROUP, TILE, COSTS, LISTED_BY, BLOCK,
+    )  # fmt: skip
+    tl.debug_barrier()  # the groups are read by other threads than wrote them
+    for first in range(0, num_programs + 1, PROGRAM_BLOCK):
+        _share_out(
+            groups_ptr, cost_offsets_ptr, programs_ptr, first + tl.arange(0, PROGRAM_BLOCK), num_groups, total,
+            num_programs, group_steps, COSTS, ROWS_PER_GROUP,
+        )  # fmt: skip
 
 
 def allocate_schedule(device: torch.device, *, max_groups: int, rows_per_group: int, num_programs: int) -> WorkSchedule:
@@ -161,53 +261,52 @@ def describe_fill(
     visible_lens: torch.Tensor,
     max_context: int,
     tile: int,
-) -> tuple[Launch, Launch]:
-    """The two launches that fill ``schedule`` for a batch, in order.
+    row_starts: torch.Tensor | None = None,
+    has_one_group_each: bool = False,
+    tile_costs: tuple[int, ...] = TILE_COSTS,
+) -> tuple[Launch, ...]:
+    """The launches that fill ``schedule`` for a batch, in order: one.
 
     Args:
         schedule: from :func:`allocate_schedule`, for this batch's sizes.
-        query_offsets: int32 ``[B + 1]``.
-        visible_lens: int32 ``[R]``.
-        max_context: columns of the logits; longer lengths count as this.
+        query_offsets: int32 ``[B + 1]``; not read with ``row_starts``.
+        visible_lens: int32 ``[R]``; with ``row_starts`` one past the last key each row sees.
+        max_context: columns of the logits, or keys there are; longer lengths count as this.
         tile: tokens of one tile.
+        row_starts: int32 ``[R]``, the first of the contiguous keys each row sees. Groups then begin every
+            ``rows_per_group`` rows and wherever the start jumps by more than 256, and their tiles at their least start.
+        has_one_group_each: whether no request has more rows than a group; its rows beyond that are not scored.
+        tile_costs: time of a tile of a group of 1, 2, ... rows, in any unit; at least ``rows_per_group`` of them.
     """
+    assert len(tile_costs) >= schedule.rows_per_group, "a group of any size needs the cost of its tiles"
     max_groups = schedule.groups.shape[0]
-    cost_offsets = torch.empty(max_groups, dtype=torch.int64, device=visible_lens.device)
-    totals = torch.empty(2, dtype=torch.int64, device=visible_lens.device)
-    num_requests = query_offsets.shape[0] - 1
-    list_groups = Launch(
-        function=_list_groups_kernel,
+    num_requests, num_rows = query_offsets.shape[0] - 1, visible_lens.shape[0]
+    listed_by = "span" if row_starts is not None else "request" if has_one_group_each else "row"
+    block, program_block, num_warps = _BLOCKS[(num_requests if has_one_group_each else num_rows) <= _FEW]
+    fill = Launch(
+        function=_fill_schedule_kernel,
         arguments={
-            "query_offsets_ptr": query_offsets,
-            "visible_lens_ptr": visible_lens,
+            "offsets_ptr": query_offsets,
+            "lens_ptr": visible_lens,
+            "starts_ptr": visible_lens if row_starts is None else row_starts,
             "groups_ptr": schedule.groups,
-            "cost_offsets_ptr": cost_offsets,
-            "totals_ptr": totals,
+            "cost_offsets_ptr": torch.empty(max_groups, dtype=torch.int64, device=visible_lens.device),
+            "programs_ptr": schedule.programs,
             "num_requests": num_requests,
-            "num_rows": visible_lens.shape[0],
-            "max_context": max_context,
+            "num_rows": num_rows,
+            "num_keys": max_context,
             "max_groups": max_groups,
-            "search_steps": num_requests.bit_length(),
+            "num_programs": schedule.num_programs,
+            "request_steps": num_requests.bit_length(),
+            "group_steps": max_groups.bit_length(),
             "ROWS_PER_GROUP": schedule.rows_per_group,
             "TILE": tile,
-            "BLOCK": _ROW_BLOCK,
+            "COSTS": tile_costs,
+            "LISTED_BY": listed_by,
+            "BLOCK": block,
+            "PROGRAM_BLOCK": program_block,
         },
         grid=(1,),
-        options={"num_warps": 4, "enable_fp_fusion": True},
+        options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
-    share_out = Launch(
-        function=_share_out_kernel,
-        arguments={
-            "groups_ptr": schedule.groups,
-            "cost_offsets_ptr": cost_offsets,
-            "totals_ptr": totals,
-            "programs_ptr": schedule.programs,
-            "num_programs": schedule.num_programs,
-            "max_groups": max_groups,
-            "search_steps": max_groups.bit_length(),
-            "BLOCK": _PROGRAM_BLOCK,
-        },
-        grid=(triton.cdiv(schedule.num_programs + 1, _PROGRAM_BLOCK),),
-        options={"num_warps": 4, "enable_fp_fusion": True},
-    )
-    return list_groups, share_out
+    return (fill,)

@@ -12,6 +12,8 @@ import torch
 from nextn.cache_format import index_cache_format
 from nextn.hardware import Arch, DeviceInfo
 
+CONTIGUOUS = "fp8_contiguous"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexLogitsProblem:
@@ -28,8 +30,9 @@ class IndexLogitsProblem:
         dim: values per index key.
         page_size: tokens per page.
         max_pages: columns of the page table.
-        max_context: columns of the logits.
-        cache: ``fp8`` or ``fp32``.
+        max_context: columns of the logits; keys there are, if they are contiguous.
+        cache: ``fp8`` or ``fp32`` in pages, or ``fp8_contiguous``: keys in one tensor without pages, of which each row
+            sees a span. Its ``page_size`` and ``max_pages`` are 0.
         out_dtype: ``float32`` or ``bfloat16``.
         deterministic: whether only kernels whose bits depend on neither next_n nor the batch may run.
     """

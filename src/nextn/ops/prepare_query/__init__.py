@@ -9,7 +9,7 @@ import torch
 
 from nextn.cache_format import ROPE_DIM
 from nextn.hardware import describe_device
-from nextn.ops._kernel import choose, require, same_device
+from nextn.ops._kernel import OpPlan, choose, require, same_device
 from nextn.ops.prepare_query.problem import PrepareQueryProblem, problem_of
 
 __all__ = ["PrepareQueryProblem", "prepare_query", "problem_of"]
@@ -28,6 +28,7 @@ def prepare_query(
     interleaved: bool,
     hadamard: bool = True,
     quantise: bool = True,
+    plan: OpPlan | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate, transform and quantise index queries, and fold every scale into their head weights.
 
@@ -42,6 +43,7 @@ def prepare_query(
         interleaved: whether pairs ``(2i, 2i + 1)`` are rotated rather than ``(i, i + 32)``.
         hadamard: whether to transform; must be what the cached keys were written with.
         quantise: False leaves the query in float32, for a float32 index cache.
+        plan: the choice of this forward, for these sizes and options; chosen here if None.
 
     Returns:
         The query, e4m3fn (or float32) ``[R, H, D]``, and float32 ``[R, H]`` weights that hold ``H^-0.5 D^-0.5`` and the
@@ -58,11 +60,14 @@ def prepare_query(
         (torch.float8_e4m3fn, torch.Size([2, 4]))
     """
     _check(q, weights, positions, rope_table)
-    problem = problem_of(describe_device(q.device), q=q, interleaved=interleaved, hadamard=hadamard, quantise=quantise)
+    if plan is None:
+        options = {"interleaved": interleaved, "hadamard": hadamard, "quantise": quantise}
+        problem = problem_of(describe_device(q.device), q=q, **options)
+        plan = OpPlan(choice=choose("prepare_query", problem), problem=problem)
     prepared = torch.empty(q.shape, dtype=torch.float8_e4m3fn if quantise else torch.float32, device=q.device)
     folded = torch.empty(weights.shape, device=q.device)
-    kernel = choose("prepare_query", problem).kernel
-    kernel.prepare(problem, q=q, weights=weights, positions=positions, rope_table=rope_table, out=(prepared, folded))()
+    prepare = plan.choice.kernel.prepare
+    prepare(plan.problem, q=q, weights=weights, positions=positions, rope_table=rope_table, out=(prepared, folded))()
     return prepared, folded
 
 

@@ -1,18 +1,14 @@
-"""Exact top-k of every row in Triton: a row stays in registers while a threshold is searched for by counting.
+"""Exact top-k of every row in Triton: a sample says roughly where the k-th lies, counting in bins finds it.
 
-Contract: ``reference.py``. Hides how rows longer than the registers are cut, split over programs and merged.
+Contract: ``reference.py``. Hides what a program does with a row, and how launches are cut.
 
-A program holds up to ``tiles`` x 4096 logits in registers, finds the threshold (``_triton_search.py``) and writes what
-passes. Each tile row owns a contiguous range of positions, so one prefix sum over rows and one along each row give
-every selected logit its place in ascending order, with no sort and no atomic.
+A row that fits a program's registers is searched there (``_triton_search.py``). A longer one is split in up to
+``parts``; each program lists what reaches a bound that a sample of the whole row puts just below the k-th, and the last
+to finish searches the lists (``_triton_lists.py``). Should the bound leave too few or too many, that program searches
+the row itself, block by block.
 
-A longer range is scanned block by block. A block adds what beats the threshold so far (at most its own best k) to a
-list, a full list is reduced to its own best k, and the last list is the answer. Few long rows are split over programs;
-the last one to finish a row merges the parts, whose order in memory is that of their positions.
-
-Floor: every visible logit read once, ``4 * sum(visible_lens)`` bytes (256 rows of 32K: 33.5 MB, 11 us at 3.0 TB/s),
-and 2 to 3 instructions a logit for each of about 7 counting passes and some 20 to write, all on logits already in
-registers: about 5 us for 32K logits on one multiprocessor.
+Floor: every visible logit read once, ``4 * sum(visible_lens)`` bytes (256 rows of 32K: 33.5 MB, 11 us at 3.0 TB/s);
+some 6 instructions a logit to list what matters, and 20 for each of up to 8192 that are searched.
 """
 
 # Device code is Triton's language, which a type checker takes for Python.
@@ -29,12 +25,32 @@ import triton.language as tl
 
 from nextn.hardware import Arch
 from nextn.ops._kernel import Kernel, Launch, OpPlan
-from nextn.ops.select_topk._triton_search import KEY_OF_MINUS_INF, load_block, places, rank_tile, search, tile_index
+from nextn.ops._rows import Fills
+from nextn.ops.select_topk._triton_lists import arrive, keep, load_lists, read_sizes
+from nextn.ops.select_topk._triton_search import (
+    BEST_KEY,
+    WORST_KEY,
+    bracket,
+    count_block,
+    count_samples,
+    drop_surplus,
+    find_bin,
+    first_of,
+    keys_of,
+    load_block,
+    load_samples,
+    refine,
+    sample_block,
+    shift_for,
+    stage_block,
+    value_of,
+)
+from nextn.ops.select_topk._triton_shared import MAX_BINS, MAX_STAGED, allocate, clear, no_counts, prefetch, read_staged
 from nextn.ops.select_topk.problem import SelectTopkProblem
 
-_MAX_TOPK = 2048
-_MAX_SPLITS = 8  # 16 took 57 us where 8 took 43: 4 x 128K in benchmarks/results/select_topk_h100.jsonl
+_BULK_COPY_ARCHES = frozenset({Arch.SM90, Arch.SM100, Arch.SM103, Arch.SM120})
 _INT32_MAX = tl.constexpr(0x7FFFFFFF)
+_MAX_PASSES = tl.constexpr(8)  # five are enough; bounds the loop whatever other programs leave in memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,100 +58,62 @@ class SelectTopkConfig:
     """How one launch is cut.
 
     Attributes:
-        tiles: tiles a program holds in registers; a power of two is not needed.
-        tile_rows: rows of a tile, each over a contiguous range of positions.
-        tile_columns: columns of a tile.
-        splits: programs that share a long row.
-        split_len: positions a program gets before a row is split further.
-        list_len: candidates a program collects before it reduces them; at least ``2 * k``.
-        programs_per_sm: programs a multiprocessor runs at once, for rows that exceed the registers.
-        prefetch_rows: how many rows ahead a program asks the L2 cache to fetch; 0 for none. Hopper and later.
         num_warps: warps of a program.
+        tiles: tiles of ``num_warps * 128`` logits a program holds in registers.
+        parts: programs that may share a row which exceeds the registers.
+        part_len: positions a program gets before a row is split further.
+        list_len: logits a program may list of its part; a multiple of 4.
+        samples: logits of a long row that set the bound; a multiple of ``num_warps * 32``.
+        bins: counters; a power of two, on NVIDIA a multiple of ``num_warps * 128``.
+        programs_per_sm: programs a multiprocessor runs at once, where each has a list of its own.
+        prefetches: whether a program asks the L2 cache for its whole part at once. Hopper and later.
         max_registers: registers a thread may use, so that more programs fit a multiprocessor; None leaves it to the
             compiler. NVIDIA only.
     """
 
-    tiles: int
-    tile_rows: int = 32
-    tile_columns: int = 128
-    splits: int = 1
-    split_len: int = 8192
-    list_len: int = 8192
-    programs_per_sm: int = 1
-    prefetch_rows: int = 0
     num_warps: int = 16
+    tiles: int = 4
+    parts: int = 1
+    part_len: int = 8192
+    list_len: int = 4096
+    samples: int = 1024
+    bins: int = MAX_BINS
+    programs_per_sm: int = 2
+    prefetches: bool = False
     max_registers: int | None = None
 
     @property
     def capacity(self) -> int:
         """Logits a program holds at once."""
-        return self.tiles * self.tile_rows * self.tile_columns
+        return self.tiles * self.num_warps * 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectTopkWorkspace:
-    """Scratch memory of one forward, shared by its layers.
+    """Scratch memory of one forward, shared by its layers; two launches must not use it at the same time.
 
     Attributes:
         config: the configuration it was sized for.
-        values: float32 ``[N]``, candidates' logits.
-        positions: int32 ``[N]``, their positions.
+        pairs: int32 ``[L, 2]``, bits of the logits that programs list, and their positions.
+        counts: int32 ``[R * parts]``, how many logits reached the bound in each part.
         arrivals: int32 ``[R]``, programs that have finished their part of a row; zero between launches.
     """
 
     config: SelectTopkConfig
-    values: torch.Tensor
-    positions: torch.Tensor
+    pairs: torch.Tensor
+    counts: torch.Tensor
     arrivals: torch.Tensor
 
 
 @triton.jit
-def _gather(address, mask, BY_PTX: tl.constexpr):
-    """A masked load of int32, -1 where masked off.
-
-    Triton gives scattered loads and stores a layout it thinks coalesced, and moves every operand there through shared
-    memory; PTX leaves them where they are.
-    """
-    if BY_PTX:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, -1; @p ld.global.b32 $0, [$1]; }",
-            "=&r,l,r",
-            [address.to(tl.int64), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    return tl.load(address, mask=mask, other=-1)
-
-
-@triton.jit
-def _scatter(address, value, mask, BY_PTX: tl.constexpr):
-    """A masked store of 32-bit values; see ``_gather``."""
-    if BY_PTX:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [address.to(tl.int64), value, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(address, value, mask=mask)
-
-
-@triton.jit
-def _write_slots(
-    out, rank, positions, selected, table_row, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr,
-    BY_PTX: tl.constexpr,
-):  # fmt: skip
-    """Store positions, or their cache slots, at their ranks."""
-    result = positions
+def _slots_of(positions, mask, table_row, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr):
+    """Positions, or their cache slots."""
     if RETURNS_SLOTS:
-        pages = _gather(table_row + positions // PAGE_SIZE, selected, BY_PTX).to(tl.int64)
+        pages = tl.load(table_row + positions // PAGE_SIZE, mask=mask, other=-1).to(tl.int64)
         slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        result = tl.where((pages >= 0) & (slots <= _INT32_MAX), slots, -1).to(tl.int32)
-    _scatter(out + rank, result, selected, BY_PTX)
+        return tl.where((pages >= 0) & (slots <= _INT32_MAX), slots, -1).to(tl.int32)
+    else:
+        return positions
 
 
 @triton.jit
@@ -146,11 +124,8 @@ def _write_short_row(
     """Every position of a row that sees at most TOPK, then -1."""
     for start in tl.static_range(0, TOPK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        if RETURNS_SLOTS:
-            _write_slots(out, columns, columns, columns < visible_len, table_row, PAGE_SIZE, True, False)
-            tl.store(out + columns, -1, mask=(columns >= visible_len) & (columns < TOPK))
-        else:
-            tl.store(out + columns, tl.where(columns < visible_len, columns, -1), mask=columns < TOPK)
+        slots = _slots_of(columns, columns < visible_len, table_row, PAGE_SIZE, RETURNS_SLOTS)
+        tl.store(out + columns, tl.where(columns < visible_len, slots, -1), mask=columns < TOPK)
 
 
 @triton.jit
@@ -164,170 +139,212 @@ def _find_request(offsets_ptr, row, num_requests, BLOCK: tl.constexpr):
     return tl.minimum(num_ended, num_requests - 1)
 
 
-@triton.jit
-def _prefetch(address, num_bytes):
-    """Ask the L2 cache for ``num_bytes``, a multiple of 16, from a 16-byte aligned address: one instruction in all."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [address, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit(do_not_specialize=["num_rows"])  # 1 would become a constexpr, which has no .to
 def _select_topk_kernel(
-    logits_ptr, visible_lens_ptr, offsets_ptr, table_ptr, out_ptr, values_ptr, positions_ptr, arrivals_ptr,
+    logits_ptr, visible_lens_ptr, offsets_ptr, table_ptr, out_ptr, pairs_ptr, counts_ptr, arrivals_ptr,
     num_rows, num_requests, max_len, stride_logits, stride_table, stride_out,
     TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr, BY_PTX: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    IS_LONG: tl.constexpr, SPLITS: tl.constexpr, SPLIT_LEN: tl.constexpr, LIST_LEN: tl.constexpr,
-    PREFETCH_ROWS: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PREFETCHES: tl.constexpr, ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, PARTS: tl.constexpr, PART_LEN: tl.constexpr,
+    LIST_LEN: tl.constexpr, SAMPLES: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    CAPACITY: tl.constexpr = TILES * ROWS * COLUMNS
     program = tl.program_id(0)
-    for item in range(program, num_rows * SPLITS, tl.num_programs(0)):
-        row = item // SPLITS
-        split = item % SPLITS
+    space = allocate(program, BY_PTX)
+    clear(space, 1 << LOG_BINS, WARPS * 32, BY_PTX)
+    for item in range(program, num_rows * PARTS, tl.num_programs(0)):
+        row = item // PARTS
+        part = item % PARTS
         visible_len = tl.minimum(tl.maximum(tl.load(visible_lens_ptr + row), 0), max_len)
         logits = logits_ptr + row.to(tl.int64) * stride_logits
         out = out_ptr + row.to(tl.int64) * stride_out
         table_row = table_ptr
         if RETURNS_SLOTS:
             table_row += _find_request(offsets_ptr, row, num_requests, 1024).to(tl.int64) * stride_table
-        if PREFETCH_ROWS > 0:  # noqa: SIM102 - compiled away or not
-            if row + PREFETCH_ROWS < num_rows:
-                next_len = tl.minimum(tl.load(visible_lens_ptr + row + PREFETCH_ROWS), max_len)
-                if next_len > TOPK:
-                    next_bytes = tl.minimum(next_len, CAPACITY) // 4 * 16
-                    _prefetch((logits + PREFETCH_ROWS * stride_logits).to(tl.int64), next_bytes)
-        if visible_len <= TOPK:
-            if split == 0:
-                _write_short_row(out, visible_len, table_row, TOPK, PAGE_SIZE, RETURNS_SLOTS, ROWS * COLUMNS)
-        elif IS_LONG:
-            _select_long_row(
-                logits, visible_len, row, split, out, table_row, values_ptr, positions_ptr, arrivals_ptr, num_rows,
-                TOPK, PAGE_SIZE, RETURNS_SLOTS, BY_PTX, ALIGNED, SPLITS, SPLIT_LEN, LIST_LEN,
-                TILES, ROWS, COLUMNS,
+        if visible_len > TOPK:
+            region = program * 0 + item - part if PARTS > 1 else program
+            _select_row(
+                logits, visible_len, part, out, table_row, space, pairs_ptr + region.to(tl.int64) * (2 * LIST_LEN),
+                counts_ptr + row * PARTS, arrivals_ptr + row,
+                TOPK, PAGE_SIZE, RETURNS_SLOTS, BY_PTX, PREFETCHES, ALIGNED, IS_LONG, PARTS, PART_LEN, LIST_LEN,
+                SAMPLES, LOG_BINS, TILES, WARPS,
             )  # fmt: skip
-        else:
-            _select_short_row(
-                logits, visible_len, out, table_row,
-                TOPK, PAGE_SIZE, RETURNS_SLOTS, BY_PTX, ALIGNED, TILES, ROWS, COLUMNS,
-            )  # fmt: skip
+        elif part == 0:
+            _write_short_row(out, visible_len, table_row, TOPK, PAGE_SIZE, RETURNS_SLOTS, WARPS * 32)
 
 
 @triton.jit
-def _select_short_row(
-    logits, n, out, table_row, TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr,
-    BY_PTX: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Select from a row that fits the registers."""
-    live_tiles = tl.cdiv(n, ROWS * COLUMNS)
-    tiles = load_block(logits, n, live_tiles, ALIGNED, TILES, ROWS, COLUMNS)
-    floor = tl.full((), KEY_OF_MINUS_INF, tl.int64)
-    upper, lower, num_equal, _, _, is_rest = search(tiles, live_tiles, n, n * 0 + TOPK, floor, n >= 0, TILES)
-    before = places(tiles, live_tiles, upper, lower, is_rest, TILES, COLUMNS)
-    for tile in tl.static_range(TILES):
-        if tile < live_tiles:
-            selected, rank, before = rank_tile(tiles[tile], before, upper, lower, is_rest, num_equal)
-            positions = tile_index(tile, live_tiles, ROWS, COLUMNS)
-            _write_slots(out, rank, positions, selected, table_row, PAGE_SIZE, RETURNS_SLOTS, BY_PTX)
-
-
-@triton.jit
-def _select_long_row(
-    logits, visible_len, row, split, out, table_row, values_ptr, positions_ptr, arrivals_ptr, num_rows,
+def _select_row(
+    logits, n, part, out, table_row, space, pairs, counts_ptr, arrivals_ptr,
     TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr, BY_PTX: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SPLITS: tl.constexpr, SPLIT_LEN: tl.constexpr, LIST_LEN: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    PREFETCHES: tl.constexpr, ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, PARTS: tl.constexpr, PART_LEN: tl.constexpr,
+    LIST_LEN: tl.constexpr, SAMPLES: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Select from one program's part of a row of any length, and from all parts if it is the last to finish."""
-    CAPACITY: tl.constexpr = TILES * ROWS * COLUMNS
-    MERGE_LEN: tl.constexpr = (SPLITS * TOPK + 3) // 4 * 4 if SPLITS > 1 else 0
-    # Every part but the last is longer than TOPK, so that the merged candidates lie without gaps.
-    part_len = visible_len
-    if SPLITS > 1:  # noqa: SIM102 - compiled away or not
-        if visible_len > CAPACITY:
-            part_len = tl.maximum(tl.cdiv(visible_len, SPLITS), tl.minimum(SPLIT_LEN, visible_len))
-            part_len = tl.cdiv(tl.maximum(part_len, TOPK), COLUMNS) * COLUMNS
-    num_parts = tl.cdiv(visible_len, part_len)
-    merge_base = row.to(tl.int64) * MERGE_LEN
-    list_base = num_rows.to(tl.int64) * MERGE_LEN + tl.program_id(0).to(tl.int64) * (2 * LIST_LEN)
-
-    cursor = split * part_len
-    end = tl.minimum(cursor + part_len, visible_len)
-    start = cursor
-    floor = tl.full((), KEY_OF_MINUS_INF, tl.int64)
-    filled = cursor * 0  # candidates in the current list
-    current = cursor * 0  # which of the two lists
-    candidates = list_base
-    merging = split < 0
-    running = split < num_parts
-    while running:
-        scans = (cursor < end) & (filled + TOPK <= LIST_LEN)
-        is_list = (cursor >= end) | (filled + TOPK > LIST_LEN)
-        n = tl.where(scans, tl.minimum(end - cursor, CAPACITY), filled)
-        is_last = tl.where(scans, (cursor == start) & (cursor + n >= end), cursor >= end)
-        is_answer = is_last & (merging | (num_parts == 1))
-        live_tiles = tl.cdiv(n, ROWS * COLUMNS)
-        # Every block starts at a multiple of 4; spelled out, since the compiler cannot see it through the loop.
-        block_start = cursor // 4 * 4 if ALIGNED else cursor
-        source = tl.where(scans, logits + block_start, values_ptr + candidates // 4 * 4)
-        tiles = load_block(source, n, live_tiles, ALIGNED, TILES, ROWS, COLUMNS)
-        takes_all = (cursor == start) | is_list
-        block_floor = tl.where(takes_all, tl.full((), KEY_OF_MINUS_INF, tl.int64), floor)
-        upper, lower, num_equal, num_selected, low, is_rest = search(
-            tiles, live_tiles, n, tl.minimum(n, TOPK), block_floor, takes_all, TILES
+    """List one program's part of a row that sees more than TOPK; if it is the last, or the only one, select."""
+    CAPACITY: tl.constexpr = TILES * WARPS * 128
+    length = n
+    if IS_LONG:  # noqa: SIM102 - compiled away or not
+        if n > CAPACITY:
+            length = tl.cdiv(tl.maximum(tl.cdiv(n, PARTS), PART_LEN), 128) * 128
+    start = part * length
+    if start < n:
+        block_len = tl.minimum(tl.minimum(length, n - start), CAPACITY)
+        live_tiles = tl.cdiv(block_len, WARPS * 128)
+        samples = (tl.full((WARPS, 32), float("nan"), tl.float32),) * (SAMPLES // (WARPS * 32))
+        if IS_LONG:  # noqa: SIM102 - compiled away or not
+            if n > CAPACITY:  # asked for first, since the bound is needed first
+                samples = load_samples(logits, n, SAMPLES, WARPS)
+        values = load_block(logits + start, block_len, live_tiles, ALIGNED, TILES, WARPS, BY_PTX)
+        if PREFETCHES:
+            rest = tl.minimum(length, n - start) - CAPACITY
+            if rest >= 4:
+                prefetch(logits + start + CAPACITY, rest // 4 * 16)
+        tl.debug_barrier()  # counters are cleared, and what the row before staged is read
+        low, high = _bracket(
+            samples, values, n, live_tiles, space, TOPK, BY_PTX, IS_LONG, SAMPLES, LOG_BINS, TILES, WARPS
         )
-        floor = tl.maximum(floor, low + 1)
-        target = list_base + tl.where(scans, current * LIST_LEN + filled, (1 - current) * LIST_LEN)
-        target = tl.where(is_last, merge_base + split * TOPK, target)
-        before = places(tiles, live_tiles, upper, lower, is_rest, TILES, COLUMNS)
-        for tile in tl.static_range(TILES):
-            if tile < live_tiles:
-                selected, rank, before = rank_tile(tiles[tile], before, upper, lower, is_rest, num_equal)
-                positions = tile_index(tile, live_tiles, ROWS, COLUMNS)
-                if scans:
-                    positions += cursor
-                else:
-                    positions = _gather(positions_ptr + candidates + positions, selected, BY_PTX)
-                if is_answer:
-                    _write_slots(out, rank, positions, selected, table_row, PAGE_SIZE, RETURNS_SLOTS, BY_PTX)
-                else:
-                    _scatter(values_ptr + target + rank, tiles[tile], selected, BY_PTX)
-                    _scatter(positions_ptr + target + rank, positions, selected, BY_PTX)
-        tl.debug_barrier()  # the stores above are read by other threads below, here or in the last program
-        if is_answer:
-            running = split < 0
-        elif is_last:
-            running = _arrive(arrivals_ptr + row, num_parts)
-            merging = running
-            candidates = merge_base
-            last_part = visible_len - (num_parts - 1) * part_len
-            filled = (num_parts - 1) * TOPK + tl.minimum(last_part, TOPK)
-            cursor = end
-        elif scans:
-            filled += num_selected
-            cursor += n
-        else:
-            filled = num_selected
-            current = 1 - current
-        if not merging:
-            candidates = list_base + current * LIST_LEN
+        num_blocks = n * 0 + 1
+        is_last = n > 0
+        from_lists = n < 0
+        places = _places(0, live_tiles, TILES, WARPS)
+        if IS_LONG:  # noqa: SIM102 - compiled away or not
+            if n > CAPACITY:
+                num_listed = keep(
+                    values, logits, start, tl.minimum(start + length, n), value_of(high),
+                    pairs + (part * (2 * LIST_LEN)).to(tl.int64), BY_PTX, ALIGNED, LIST_LEN, TILES, WARPS,
+                )  # fmt: skip
+                is_last = arrive(counts_ptr, arrivals_ptr, part, num_listed, tl.cdiv(n, length), PARTS)
+                if is_last:
+                    sizes, from_lists = read_sizes(
+                        counts_ptr, num_listed, tl.cdiv(n, length), TOPK, CAPACITY, LIST_LEN, PARTS
+                    )
+                    num_blocks = tl.where(from_lists, 1, tl.cdiv(n, CAPACITY))
+                    if from_lists:
+                        values, places, live_tiles = load_lists(pairs, sizes, LIST_LEN, PARTS, TILES, WARPS, BY_PTX)
+        if is_last:
+            _search_and_write(
+                logits, values, places, n, live_tiles, num_blocks, low, high, out, table_row, space, pairs, from_lists,
+                TOPK, PAGE_SIZE, RETURNS_SLOTS, BY_PTX, ALIGNED, IS_LONG, LOG_BINS, TILES, WARPS,
+            )  # fmt: skip
 
 
 @triton.jit
-def _arrive(counter, num_parts):
-    """Count this program in; True for the last, which also zeroes the counter for the next launch."""
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_parts - 1
-    if is_last:
-        tl.store(counter, 0)
-    return is_last
+def _bracket(
+    samples, values, n, live_tiles, space, TOPK: tl.constexpr, BY_PTX: tl.constexpr, IS_LONG: tl.constexpr,
+    SAMPLES: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Keys between which the TOPK-th best of a row almost surely lies; every program of a row gets the same."""
+    counts = no_counts(space, 1 << LOG_BINS, BY_PTX)
+    num_samples = tl.cdiv(n, 4)
+    if n <= TILES * WARPS * 128:
+        counts = sample_block(counts, values, n, live_tiles, LOG_BINS, TILES, WARPS, BY_PTX)
+    else:
+        counts = count_samples(counts, samples, LOG_BINS, SAMPLES, WARPS, BY_PTX)
+        num_samples = n * 0 + SAMPLES
+    low, high, rank_in_bin = bracket(counts, space, num_samples, n, n * 0 + TOPK, IS_LONG, LOG_BINS, WARPS * 32, BY_PTX)
+    if IS_LONG:  # noqa: SIM102 - compiled away or not
+        if (n > TILES * WARPS * 128) & (rank_in_bin > 0):
+            first = high - ((1 << (32 - LOG_BINS)) - 1)
+            high = refine(samples, space, first, rank_in_bin, LOG_BINS, SAMPLES, WARPS, BY_PTX)
+    return low, high
+
+
+@triton.jit
+def _search_and_write(
+    logits, values, places, n, live_tiles, num_blocks, low, high, out, table_row, space, pairs, from_lists,
+    TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr, BY_PTX: tl.constexpr,
+    ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Write the TOPK best of what is in registers, or of ``num_blocks`` blocks of the row if that is more than 1."""
+    THREADS: tl.constexpr = WARPS * 32
+    keys = keys_of(values, 4 * TILES)
+    low, high, num_equal = _search(
+        logits, keys, n, live_tiles, num_blocks, low, high, space, TOPK, BY_PTX, ALIGNED, IS_LONG, LOG_BINS, TILES,
+        WARPS,
+    )  # fmt: skip
+    num_staged = n * 0
+    for block in range(num_blocks):
+        if IS_LONG:  # noqa: SIM102 - compiled away or not
+            if num_blocks > 1:
+                keys, live_tiles = _load_keys(logits, n, block, ALIGNED, TILES, WARPS, BY_PTX)
+                places = _places(block * (TILES * WARPS * 128), live_tiles, TILES, WARPS)
+        if num_equal >= 0:
+            keys, num_met = drop_surplus(keys, low, num_equal, live_tiles, TILES, WARPS)
+            num_equal = tl.maximum(num_equal - num_met, 0)
+        num_staged = stage_block(space, out, keys, places, high, num_staged, live_tiles, TILES, WARPS, BY_PTX)
+    tl.debug_barrier()
+    for first in tl.static_range(0, TOPK, THREADS):
+        rank = first + tl.arange(0, THREADS)
+        position = read_staged(space, out, rank, rank < TOPK, BY_PTX)
+        if IS_LONG:  # noqa: SIM102 - compiled away or not
+            if from_lists:
+                position = tl.load(pairs + 2 * position + 1, mask=rank < TOPK, other=0)
+        slots = _slots_of(position, rank < TOPK, table_row, PAGE_SIZE, RETURNS_SLOTS)
+        tl.store(out + rank, slots, mask=rank < TOPK)
+
+
+@triton.jit
+def _places(base, live_tiles, TILES: tl.constexpr, WARPS: tl.constexpr):
+    """Position of the first of each thread's four logits of every tile of the block that begins at ``base``."""
+    places = ()
+    for tile in tl.static_range(TILES):
+        places = places + (base + first_of(tile, live_tiles, WARPS),)  # noqa: RUF005
+    return places
+
+
+@triton.jit
+def _load_keys(logits, n, block, ALIGNED: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, BY_PTX: tl.constexpr):
+    """The keys of one block of a row, and the tiles they take."""
+    CAPACITY: tl.constexpr = TILES * WARPS * 128
+    block_len = tl.minimum(n - block * CAPACITY, CAPACITY)
+    live_tiles = tl.cdiv(block_len, WARPS * 128)
+    values = load_block(logits + block * CAPACITY, block_len, live_tiles, ALIGNED, TILES, WARPS, BY_PTX)
+    return keys_of(values, 4 * TILES), live_tiles
+
+
+@triton.jit
+def _search(
+    logits, keys, n, live_tiles, num_blocks, low, high, space, TOPK: tl.constexpr, BY_PTX: tl.constexpr,
+    ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """The last key that passes, as ``high``.
+
+    Returns:
+        low: if not all keys equal to ``high`` pass, the same key.
+        high: see above.
+        num_equal: how many keys equal to it pass, the first ones; -1 if all do.
+    """
+    want = n * 0 + TOPK
+    num_equal = n * 0
+    num_passes = n * 0
+    searching = n > 0
+    while searching:
+        width = (high - low).to(tl.uint32, bitcast=True)
+        shift = shift_for(width, LOG_BINS)
+        counts = no_counts(space, 1 << LOG_BINS, BY_PTX)
+        below = tl.zeros((WARPS, 32), tl.int32)
+        for block in range(num_blocks):
+            if IS_LONG:  # noqa: SIM102 - compiled away or not
+                if num_blocks > 1:
+                    keys, live_tiles = _load_keys(logits, n, block, ALIGNED, TILES, WARPS, BY_PTX)
+            counts, below = count_block(counts, below, keys, live_tiles, low, width, shift, LOG_BINS, TILES, BY_PTX)
+        num_above, found, bin_index, num_before, is_whole = find_bin(
+            counts, below, space, want, LOG_BINS, WARPS * 32, BY_PTX
+        )
+        if found:
+            offset = bin_index << shift
+            span = tl.minimum(((1 << shift) - 1).to(tl.uint32), width - offset.to(tl.uint32))
+            low += offset
+            high = low + span.to(tl.int32)
+            num_equal = tl.where(is_whole > 0, -1, want - num_above - num_before)
+            searching = (is_whole == 0) & (shift > 0)
+        elif num_above >= want:
+            high = low - 1
+            low = n * 0 + BEST_KEY
+        else:
+            low = high + 1
+            high = n * 0 + WORST_KEY
+        num_passes += 1
+        searching = searching & (num_passes < _MAX_PASSES)
+    return low, high, num_equal
 
 
 def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
@@ -336,23 +353,37 @@ def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
     The best of those timed in benchmarks/results/select_topk_h100.jsonl, or within 8 % of it.
     """
     columns = _visible_columns(problem)
+    registers = 64 if problem.num_rows > problem.num_sms else None  # two programs to a multiprocessor
     if columns <= 8192:
-        return SelectTopkConfig(tiles=2, num_warps=8)
+        return SelectTopkConfig(bins=2048, max_registers=registers)
+    bins = MAX_BINS if problem.arch.is_cuda else 2048
     if columns <= 16384:
-        return SelectTopkConfig(tiles=4, num_warps=16)
-    splits = max(1, min(_MAX_SPLITS, problem.num_sms // max(problem.num_rows, 1))) if columns > 32768 else 1
-    return SelectTopkConfig(tiles=8, num_warps=16, splits=splits)
+        return SelectTopkConfig(tiles=8, bins=bins)
+    parts = 32
+    while parts > 2 and (problem.num_rows * parts > problem.num_sms or parts * 4096 >= columns):
+        parts //= 2
+    return SelectTopkConfig(
+        parts=1 if problem.num_rows > 512 else parts,
+        samples=1024 if columns <= 131072 else 4096,
+        bins=bins,
+        prefetches=problem.num_rows <= problem.num_sms and problem.arch in _BULK_COPY_ARCHES,
+        max_registers=registers,
+    )
 
 
 def rejects(problem: SelectTopkProblem) -> str | None:
     """Why this kernel cannot take ``problem``; None if it can."""
-    if problem.topk > _MAX_TOPK:
-        return f"k {problem.topk} is above {_MAX_TOPK}, more than its candidate lists hold"
+    if problem.topk > MAX_STAGED:
+        return f"k {problem.topk} is above {MAX_STAGED}, more than its shared memory holds"
     return None
 
 
 def plan(
-    problem: SelectTopkProblem, *, device: torch.device | str, config: SelectTopkConfig | None = None
+    problem: SelectTopkProblem,
+    *,
+    device: torch.device | str,
+    config: SelectTopkConfig | None = None,
+    fills: Fills | None = None,
 ) -> SelectTopkWorkspace:
     """Allocate the scratch memory of a forward.
 
@@ -360,19 +391,24 @@ def plan(
         problem: sizes; must not be rejected.
         device: where the logits will be.
         config: how to cut the launch; chosen by ``configure`` if None.
+        fills: asked for memory that must start with one value; filled here if None.
     """
     config = configure(problem) if config is None else config
-    assert 2 * problem.topk <= config.list_len <= config.capacity, "a list must take a block's best and fit a block"
-    assert config.splits * problem.topk <= config.capacity, "the merged parts must fit a block"
-    num_candidates = 0
-    if _is_long(problem, config):
-        merge_len = -(-config.splits * problem.topk // 4) * 4 if config.splits > 1 else 0
-        num_candidates = problem.num_rows * merge_len + _num_programs(problem, config) * 2 * config.list_len
+    assert problem.topk <= config.capacity, "registers must hold the answer"
+    assert config.list_len % 4 == 0, "lists are read by fours"
+    assert config.samples % (config.num_warps * 32) == 0, "every thread takes as many samples"
+    is_long = _is_long(problem, config)
+    num_listed = _num_programs(problem, config) * config.list_len if is_long else 0
+    num_shared_rows = problem.num_rows if is_long and config.parts > 1 else 0
+    if fills is None:
+        arrivals = torch.zeros(num_shared_rows, dtype=torch.int32, device=device)
+    else:
+        arrivals = fills.ask((num_shared_rows,), torch.int32, 0)
     return SelectTopkWorkspace(
         config=config,
-        values=torch.empty(num_candidates, dtype=torch.float32, device=device),
-        positions=torch.empty(num_candidates, dtype=torch.int32, device=device),
-        arrivals=torch.zeros(problem.num_rows if config.splits > 1 else 0, dtype=torch.int32, device=device),
+        pairs=torch.empty(num_listed, 2, dtype=torch.int32, device=device),
+        counts=torch.empty(num_shared_rows * config.parts, dtype=torch.int32, device=device),
+        arrivals=arrivals,
     )
 
 
@@ -395,8 +431,8 @@ def prepare(
         "offsets_ptr": visible_lens if query_offsets is None else query_offsets,
         "table_ptr": visible_lens if page_table is None else page_table,
         "out_ptr": out,
-        "values_ptr": workspace.values,
-        "positions_ptr": workspace.positions,
+        "pairs_ptr": workspace.pairs,
+        "counts_ptr": workspace.counts,
         "arrivals_ptr": workspace.arrivals,
         "num_rows": problem.num_rows,
         "num_requests": 0 if page_table is None else page_table.shape[0],
@@ -408,17 +444,20 @@ def prepare(
         "PAGE_SIZE": problem.page_size,
         "RETURNS_SLOTS": problem.returns_slots,
         "BY_PTX": problem.arch.is_cuda and isinstance(_select_topk_kernel, triton.JITFunction),
+        "PREFETCHES": config.prefetches and _is_aligned(problem, logits),
         "ALIGNED": _is_aligned(problem, logits),
         "IS_LONG": _is_long(problem, config),
-        "SPLITS": config.splits,
-        "SPLIT_LEN": config.split_len,
+        "PARTS": config.parts if _is_long(problem, config) else 1,
+        "PART_LEN": config.part_len,
         "LIST_LEN": config.list_len,
-        "PREFETCH_ROWS": config.prefetch_rows,
+        "SAMPLES": config.samples,
+        "LOG_BINS": config.bins.bit_length() - 1,
         "TILES": config.tiles,
-        "ROWS": config.tile_rows,
-        "COLUMNS": config.tile_columns,
+        "WARPS": config.num_warps,
     }
-    options: dict[str, Any] = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    # A thread holds one element of each tensor: with two, or two threads to one, sums would be no cheaper.
+    num_warps = config.num_warps // 2 if problem.arch.is_rocm else config.num_warps
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
     if config.max_registers is not None and problem.arch.is_cuda:
         options["maxnreg"] = config.max_registers
     return Launch(
@@ -435,11 +474,11 @@ _plan = plan  # ``prepare`` has an argument of that name
 def describe(problem: SelectTopkProblem) -> str:
     """How a problem would be run, for ``explain``."""
     config = configure(problem)
-    if config.splits > 1:
-        return f"rows beyond {config.capacity} columns split over up to {config.splits} programs"
-    if _is_long(problem, config):
-        return f"one program per row, in blocks of {config.capacity} columns"
-    return "one program per row, held in registers"
+    if not _is_long(problem, config):
+        return "one program per row, held in registers"
+    if config.parts > 1:
+        return f"rows beyond {config.capacity} columns split over up to {config.parts} programs"
+    return f"one program per row, in blocks of {config.capacity} columns"
 
 
 def _visible_columns(problem: SelectTopkProblem) -> int:
@@ -454,9 +493,11 @@ def _is_long(problem: SelectTopkProblem, config: SelectTopkConfig) -> bool:
 
 
 def _num_programs(problem: SelectTopkProblem, config: SelectTopkConfig) -> int:
-    """A program per row; where each needs lists of its own, no more than run at once."""
-    num_items = problem.num_rows * config.splits
-    return min(num_items, problem.num_sms * config.programs_per_sm) if _is_long(problem, config) else num_items
+    """A program per row and part; where each needs a list of its own, no more than run at once."""
+    if not _is_long(problem, config):
+        return problem.num_rows
+    num_items = problem.num_rows * config.parts
+    return num_items if config.parts > 1 else min(num_items, problem.num_sms * config.programs_per_sm)
 
 
 def _is_aligned(problem: SelectTopkProblem, logits: torch.Tensor) -> bool:
@@ -473,4 +514,5 @@ KERNEL = Kernel(
     rank=lambda problem: 20,
     plan=plan,
     form=describe,
+    takes_fills=True,
 )

@@ -63,10 +63,11 @@ def sparse_mla(
         choice = choose("sparse_mla", problem)
         data = None if choice.kernel.plan is None else choice.kernel.plan(problem, device=q.device)
         plan = OpPlan(choice=choice, problem=problem, data=data)
-    if out is None:
+    kernel = plan.choice.kernel
+    if out is None and not kernel.allocates_output:
         out = torch.empty(*q.shape[:2], LATENT_DIM, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    launch = plan.choice.kernel.prepare(
+    launch = kernel.prepare(
         plan.problem,
         q=q,
         kv_cache=kv_cache,
@@ -77,8 +78,8 @@ def sparse_mla(
         lse=lse,
         plan=plan,
     )
-    launch()
-    return out, lse
+    result = launch()
+    return result if out is None else out, lse
 
 
 def _check(

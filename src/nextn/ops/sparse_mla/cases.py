@@ -195,4 +195,10 @@ CASES = (
     SparseMlaCase(name="duplicates", row_counts=(4,), hostile=frozenset({"duplicates"})),
     SparseMlaCase(name="strided_pages", row_counts=(4, 3), hostile=frozenset({"strided_pages", "holes"})),
     SparseMlaCase(name="strided_bf16_pages", row_counts=(2,), cache="bf16", hostile=frozenset({"strided_pages"})),
+    SparseMlaCase(
+        name="heads_64_hostile",
+        row_counts=(4, 0, 3),
+        heads=64,
+        hostile=frozenset({"holes", "wild_slots", "empty_rows", "strided_pages"}),
+    ),
 )

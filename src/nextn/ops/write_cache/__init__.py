@@ -9,7 +9,7 @@ import torch
 
 from nextn.cache_format import LATENT_DIM, LATENT_ROW_DIM, ROPE_DIM, index_cache_format, latent_cache_format
 from nextn.hardware import describe_device
-from nextn.ops._kernel import choose, require, same_device
+from nextn.ops._kernel import OpPlan, choose, require, same_device
 from nextn.ops.write_cache.problem import WriteCacheProblem, problem_of
 
 __all__ = ["WriteCacheProblem", "problem_of", "write_cache"]
@@ -37,6 +37,7 @@ def write_cache(
     index_norm_eps: float = 1e-6,
     interleaved: bool = False,
     hadamard: bool = True,
+    plan: OpPlan | None = None,
 ) -> None:
     """Store this forward's latents, index keys or both; the caches are changed in place.
 
@@ -63,6 +64,7 @@ def write_cache(
         index_norm_eps: its epsilon.
         interleaved: whether index keys rotate pairs ``(2i, 2i + 1)`` rather than ``(i, i + 32)``.
         hadamard: whether index keys are Hadamard-transformed.
+        plan: the choice of this forward, for these sizes, formats and options; chosen here if None.
 
     A row whose slot is negative or beyond the cache, or whose position lies beyond the rope table or the page table,
     writes nothing. The rows that write must have distinct slots.
@@ -103,21 +105,22 @@ def write_cache(
     )
     if not page_sizes:
         return
-    problem = problem_of(
-        describe_device(device),
-        positions=positions,
-        kv_cache=kv_cache,
-        index_k=index_k,
-        index_cache=index_cache,
-        has_latent_norm=kv_norm_weight is not None,
-        has_index_norm=index_norm_weight is not None,
-        has_slots=slots is not None,
-        interleaved=interleaved,
-        hadamard=hadamard,
-    )
-    kernel = choose("write_cache", problem).kernel
-    kernel.prepare(
-        problem,
+    if plan is None:
+        problem = problem_of(
+            describe_device(device),
+            positions=positions,
+            kv_cache=kv_cache,
+            index_k=index_k,
+            index_cache=index_cache,
+            has_latent_norm=kv_norm_weight is not None,
+            has_index_norm=index_norm_weight is not None,
+            has_slots=slots is not None,
+            interleaved=interleaved,
+            hadamard=hadamard,
+        )
+        plan = OpPlan(choice=choose("write_cache", problem), problem=problem)
+    plan.choice.kernel.prepare(
+        plan.problem,
         positions=positions,
         rope_table=rope_table,
         query_offsets=query_offsets,
@@ -239,4 +242,10 @@ def _check_pages(name: str, cache: torch.Tensor) -> None:
         is_dense and (cache.shape[0] < 2 or cache.stride(0) >= sizes.numel()),
         f"{name} has strides {cache.stride()}; keep each page of shape {tuple(sizes)} contiguous and pages at least "
         f"{sizes.numel()} elements apart",
+    )
+    offset_bytes, page_bytes = (count * cache.element_size() for count in (cache.storage_offset(), cache.stride(0)))
+    require(
+        offset_bytes % 4 == 0 and (cache.shape[0] < 2 or page_bytes % 4 == 0),
+        f"{name} starts {offset_bytes} bytes into its storage and its pages lie {page_bytes} bytes apart; scales are "
+        "written as float32, so make both multiples of 4",
     )
