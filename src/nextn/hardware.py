@@ -10,6 +10,7 @@ import enum
 import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
+from types import ModuleType
 
 import torch
 
@@ -141,6 +142,22 @@ def is_sm100_supported(device: DeviceInfo) -> bool:
 def is_sm90_supported(device: DeviceInfo) -> bool:
     """Whether ``device`` is a Hopper GPU (H100, H200, H20, GH200)."""
     return device.arch is Arch.SM90
+
+
+def import_library(name: str, *, missing: str) -> ModuleType | str:
+    """An optional library, or why it cannot be used, in one line.
+
+    Args:
+        name: the module's name.
+        missing: what to say if it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return missing if error.name == name else f"{name} cannot be imported: {error}"
+    except Exception as error:  # a broken build raises anything: OSError, AssertionError, RuntimeError
+        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
+        return f"{name} cannot be imported: {type(error).__name__}: {error}{cause}"
 
 
 def has_module(name: str) -> bool:

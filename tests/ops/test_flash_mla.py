@@ -40,8 +40,7 @@ def attend(case, plan: OpPlan | None, out: torch.Tensor | None = None):
 
 def plan_of(case) -> OpPlan:
     problem = case.problem(pretend_device(Arch.SM90))
-    choice = choose("sparse_mla", problem, environment=NO_SETTINGS)
-    assert choice.kernel.name == "flash_mla"
+    choice = choose("sparse_mla", problem, environment=replace(NO_SETTINGS, forced_kernels={"sparse_mla": "flash_mla"}))
     return OpPlan(choice=choice, problem=problem, data=flash_mla.plan(problem, device="cpu"))
 
 
@@ -87,6 +86,13 @@ def test_the_layers_of_a_forward_share_one_schedule(library):
 def test_what_it_cannot_take_is_refused_in_words(library, change, reason):
     assert flash_mla.rejects(PROBLEM) is None
     assert reason in str(flash_mla.rejects(replace(PROBLEM, **change)))
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("v32_heads", "flash_mla"), ("glm_heads", "gluon_sm90")])
+def test_it_is_chosen_where_it_was_measured_to_be_faster(library, name, chosen):
+    choice = choose("sparse_mla", BY_NAME[name].problem(pretend_device(Arch.SM90)), environment=NO_SETTINGS)
+    assert choice.kernel.name == chosen
+    assert {"flash_mla", "gluon_sm90"} <= {chosen, *choice.others}
 
 
 def test_without_the_library_another_kernel_is_chosen_and_the_reason_kept(monkeypatch):

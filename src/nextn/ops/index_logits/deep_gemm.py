@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib
 import inspect
 import re
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nextn.hardware import Arch
+from nextn.hardware import Arch, import_library
 from nextn.ops._kernel import Kernel, Launch, OpPlan
 from nextn.ops._pages import request_of_row
 from nextn.ops.index_logits._schedule import PagedSchedule
@@ -239,7 +238,7 @@ def _require_build() -> _Build:
 def _inspect_module(module: ModuleType | None) -> _Build | str:
     """Look at DeepGEMM, importing it if ``module`` is None; cached per module, the failed import too."""
     if module is None:
-        imported = _import_module()
+        imported = import_library(_MODULE, missing="deep_gemm is not installed")
         return imported if isinstance(imported, str) else _inspect_module(imported)
     build_metadata = getattr(module, "get_paged_mqa_logits_metadata", None)
     if build_metadata is None:
@@ -258,18 +257,6 @@ def _inspect_module(module: ModuleType | None) -> _Build | str:
         score=score,
         has_sm90_clusters=_has_sm90_clusters(module),
     )
-
-
-def _import_module() -> ModuleType | str:
-    try:
-        return importlib.import_module(_MODULE)
-    except ModuleNotFoundError as error:
-        if error.name == _MODULE:
-            return "deep_gemm is not installed"
-        return f"deep_gemm cannot be imported: {error}"
-    except Exception as error:  # a broken build raises anything: OSError, AssertionError, RuntimeError
-        cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
-        return f"deep_gemm cannot be imported: {type(error).__name__}: {error}{cause}"
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:

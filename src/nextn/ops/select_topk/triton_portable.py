@@ -350,7 +350,7 @@ def _search(
 def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
     """The configuration for a problem.
 
-    The best of those timed in benchmarks/results/select_topk_h100.jsonl, or within 8 % of it.
+    What the configurations chosen here take stands in benchmarks/results/ops.jsonl.
     """
     columns = _visible_columns(problem)
     registers = 64 if problem.num_rows > problem.num_sms else None  # two programs to a multiprocessor

@@ -86,7 +86,7 @@ class AttendWorkspace:
 
     Attributes:
         config: what it was sized for.
-        parts: bfloat16 ``[R, Hq, splits, 512]``, the splits' outputs; None if lists are not split.
+        parts: float32 or bfloat16 ``[R, Hq, splits, 512]``, the splits' outputs; None if lists are not split.
         part_lse: float32 ``[R, Hq, splits]``, or None.
     """
 
@@ -159,14 +159,19 @@ def count_gathers(problem: SparseMlaProblem, config: AttendConfig) -> float:
     return programs * expect_len(problem, config.tokens)
 
 
-def allocate_workspace(problem: SparseMlaProblem, config: AttendConfig, device: torch.device | str) -> AttendWorkspace:
-    """Scratch memory for ``config``: ``R * Hq * splits * 1028`` bytes if lists are split, else none."""
+def allocate_workspace(
+    problem: SparseMlaProblem,
+    config: AttendConfig,
+    device: torch.device | str,
+    part_dtype: torch.dtype = torch.float32,
+) -> AttendWorkspace:
+    """Scratch memory for ``config``: ``R * Hq * splits * 2052`` bytes if lists are split, else none."""
     if config.splits == 1:
         return AttendWorkspace(config=config, parts=None, part_lse=None)
     shape = (problem.num_rows, problem.heads, config.splits)
     return AttendWorkspace(
         config=config,
-        parts=torch.empty(*shape, LATENT_DIM, dtype=torch.bfloat16, device=device),
+        parts=torch.empty(*shape, LATENT_DIM, dtype=part_dtype, device=device),
         part_lse=torch.empty(shape, dtype=torch.float32, device=device),
     )
 
@@ -241,10 +246,11 @@ def allocate_union(
     device: torch.device | str,
     *,
     has_tables: bool = True,
+    part_dtype: torch.dtype = torch.float32,
     fills: Fills | None = None,
 ) -> UnionWorkspace:
     """Scratch memory of one forward: where rows share lists, 128 KB of hash tables and ``8 * k`` bytes for each."""
-    attend = allocate_workspace(problem, config, device)
+    attend = allocate_workspace(problem, config, device, part_dtype)
     if config.tokens == 1:
         return UnionWorkspace(attend=attend)
     num_lists = config.num_lists(problem.num_rows)

@@ -4,14 +4,12 @@ Hides how FlashMLA is found, that it checks no slot, and that it has no lower en
 Contract and maths: ``reference.py``. FlashMLA's own: ``flash_mla_with_kvcache`` of the ``sgl-flash-mla`` package, which
 keeps the kernels for SM90 that FlashMLA itself dropped (``use_legacy=True``).
 
-On an H100 its 64 and 128 heads take half to two thirds of the time of the Gluon kernel (benchmarks/results/ops.jsonl).
-Fewer heads it pads to 64, so those are left to the other kernels.
+Fewer heads than 64 it pads to 64, so those are left to the other kernels.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -21,14 +19,13 @@ from typing import Any
 import torch
 
 from nextn.cache_format import LATENT_DIM
-from nextn.hardware import Arch
+from nextn.hardware import Arch, import_library
 from nextn.ops._kernel import Kernel, Launch, OpPlan
 from nextn.ops.sparse_mla.problem import SparseMlaProblem
 
 _MODULE = "flash_mla"
 _HEADS = (64, 128)
 _INDEX_BLOCK = 64  # its tiles of slots
-_RANK = 50  # above the Gluon kernel at these heads
 
 
 def find_library() -> ModuleType | str:
@@ -91,6 +88,15 @@ def prepare(
     return Launch(function=_run, arguments=arguments)
 
 
+def rank(problem: SparseMlaProblem) -> int:
+    """Preference, by what was timed side by side on an H100 (benchmarks/results/ops.jsonl).
+
+    At 128 heads it takes 98 to 361 us where the Gluon kernel takes 112 to 414; at 64 heads 227 and 243 against 215 and
+    236, its slots checked and its lse converted in both.
+    """
+    return 50 if problem.heads == 128 else 35
+
+
 def _run(
     *,
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor]],
@@ -148,7 +154,7 @@ def _require_library() -> ModuleType:
 def _inspect_module(module: ModuleType | None) -> ModuleType | str:
     """Look at FlashMLA, importing it if ``module`` is None; cached per module, the failed import too."""
     if module is None:
-        imported = _import_module()
+        imported = import_library(_MODULE, missing="flash_mla is not installed (pip install sgl-flash-mla)")
         return imported if isinstance(imported, str) else _inspect_module(imported)
     attend = getattr(module, "flash_mla_with_kvcache", None)
     if attend is None or "use_legacy" not in inspect.signature(attend).parameters:
@@ -159,24 +165,13 @@ def _inspect_module(module: ModuleType | None) -> ModuleType | str:
     return module
 
 
-def _import_module() -> ModuleType | str:
-    try:
-        return importlib.import_module(_MODULE)
-    except ModuleNotFoundError as error:
-        if error.name == _MODULE:
-            return "flash_mla is not installed (pip install sgl-flash-mla)"
-        return f"flash_mla cannot be imported: {error}"
-    except Exception as error:  # its loader raises whatever its libraries do
-        return f"flash_mla cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
-
-
 KERNEL = Kernel(
     op="sparse_mla",
     name="flash_mla",
     arches=frozenset({Arch.SM90}),
     rejects=rejects,
     prepare=prepare,
-    rank=lambda problem: _RANK,
+    rank=rank,
     plan=plan,
     allocates_output=True,
 )
