@@ -18,7 +18,7 @@ Every product covers all 128 values in one accumulation and sums have one order,
 
 # Triton's types describe host values; device code is checked by the compile gate.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportAssignmentType=false, reportOperatorIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 

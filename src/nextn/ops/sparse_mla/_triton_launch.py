@@ -4,7 +4,7 @@ Hides pointers, strides and the way a list is split; the kernel files say which 
 """
 
 # Triton's types describe device values.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

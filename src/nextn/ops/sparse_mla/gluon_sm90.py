@@ -9,7 +9,7 @@ Floor, for B requests of n rows, H heads and k slots of 656 bytes: the distinct 
 """
 
 # Triton's types describe device values.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportReturnType=false
 from __future__ import annotations
 
 from collections.abc import Iterator

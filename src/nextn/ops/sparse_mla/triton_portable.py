@@ -6,6 +6,8 @@ Floor, for R rows of H heads and k slots: ``656 * k * R`` bytes, less what rows 
 serves, and ``2 * R * H * k * 1088`` BF16 operations.
 """
 
+# Triton's types describe device values.
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 from dataclasses import replace
