@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nextn.backend import DSABackend
@@ -28,3 +30,17 @@ def test_a_result_that_depends_on_the_batch_is_seen(monkeypatch, method):
     rows = {row["case"]: row for row in gpu_layer.check(SCENARIO, "cpu")}
     assert rows["again"]["passed"]
     assert not rows["one token at a time"]["passed"]
+
+
+def test_the_command_prints_and_stores_every_row_and_fails_with_any(monkeypatch, capsys, tmp_path):
+    rows = [{"case": "one", "passed": True}, {"case": "two", "passed": False}]
+    monkeypatch.setattr(gpu_layer, "list_scenarios", lambda: (SCENARIO,))
+    monkeypatch.setattr(gpu_layer, "check", lambda *_: iter(rows))
+    file = tmp_path / "rows.jsonl"
+    assert gpu_layer.main(["--device", "cpu", "--out", str(file)]) == 1
+    printed = capsys.readouterr()
+    assert [json.loads(line)["case"] for line in printed.out.splitlines()] == ["one", "two"]
+    assert file.read_text() == printed.out
+    assert "1 rows failed" in printed.err
+    rows.pop()
+    assert gpu_layer.main(["--device", "cpu"]) == 0

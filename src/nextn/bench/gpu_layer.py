@@ -6,7 +6,6 @@ Hides how the same tokens are arranged into forwards: at once, one by one, alone
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 
 from nextn.backend import DSABackend, LayerCache
 from nextn.batch import ForwardBatch, ForwardMode
+from nextn.bench.rows import print_rows
 from nextn.cache_format import LATENT_DIM, ROPE_DIM, IndexCacheFormat, LatentCacheFormat
 from nextn.hardware import describe_device
 from nextn.plan import DSASpec
@@ -246,18 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="file the rows are appended to as well")
     arguments = parser.parse_args(argv)
-    failed = 0
     device = describe_device(arguments.device)
-    for number, scenario in enumerate(list_scenarios()):
-        for row in check(scenario, arguments.device):
-            failed += not row["passed"]
-            line = json.dumps({"scenario": number, "gpu": device.name, **row})
-            print(line, flush=True)
-            if arguments.out is not None:
-                with arguments.out.open("a") as file:
-                    file.write(line + "\n")
-    print(f"{failed} rows failed", file=sys.stderr)
-    return int(failed > 0)
+    return print_rows(
+        (
+            {"scenario": number, "gpu": device.name, **row}
+            for number, scenario in enumerate(list_scenarios())
+            for row in check(scenario, arguments.device)
+        ),
+        arguments.out,
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from nextn.bench.rows import print_rows
 from nextn.hardware import describe_device
 from nextn.ops._kernel import Choice, Launch, OpPlan
 from nextn.ops.sparse_mla.cases import CASES, SparseMlaCase, SparseMlaInputs
@@ -344,17 +344,8 @@ def main() -> int:
     parser.add_argument("--stage", choices=("check", "bench"), default="check")
     parser.add_argument("--out", type=Path, help="file the rows are appended to as well")
     arguments = parser.parse_args()
-    failed = 0
     variants = [Variant(kernel=name) for name in ("gluon_sm90", "triton_portable", "triton_union")]
-    for row in (check if arguments.stage == "check" else bench)("cuda", variants):
-        failed += not row["passed"]
-        line = json.dumps(row)
-        print(line, flush=True)
-        if arguments.out is not None:
-            with arguments.out.open("a") as file:
-                file.write(line + "\n")
-    print(f"{failed} rows failed", file=sys.stderr)
-    return int(failed > 0)
+    return print_rows((check if arguments.stage == "check" else bench)("cuda", variants), arguments.out)
 
 
 if __name__ == "__main__":

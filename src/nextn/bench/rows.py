@@ -149,3 +149,19 @@ def collect_rows(
             for row in found:
                 on_row(row)
     return rows
+
+
+def print_rows(rows: Iterable[Row], file: Path | None = None) -> int:
+    """Print each row as one line of JSON as soon as it is there, and append it to a file too.
+
+    Returns:
+        An exit code: 1 if any row has not passed.
+    """
+    failed = 0
+    for row in rows:
+        failed += not row.get("passed", False)
+        print(json.dumps(row), flush=True)
+        if file is not None:
+            append_rows(file, [row])
+    print(f"{failed} rows failed", file=sys.stderr)
+    return int(failed > 0)

@@ -152,7 +152,7 @@ def _describe_union(
         grid=(workspace.counts.shape[0],),
         options={"num_warps": num_warps, "enable_fp_fusion": True},
     )
-    lists = SlotLists(slots=workspace.slots, masks=workspace.masks, counts=workspace.counts, age=workspace.age)
+    lists = SlotLists(slots=workspace.slots, masks=workspace.masks, counts=workspace.counts)
     return lists, (unite,)
 
 
