@@ -16,10 +16,12 @@ from nextn.bench.check import CheckOptions, check_ops
 from nextn.bench.ops import FILE_NAME as OPS_FILE
 from nextn.bench.ops import OpsOptions, bench_ops
 from nextn.bench.plots import plot_rows, require_matplotlib
+from nextn.bench.profile import ProfileOptions, profile_ops, run_shapes
 from nextn.bench.sanitize import TOOLS, SanitizeOptions, run_cases, sanitize_ops
 from nextn.bench.shapes import GRIDS
 from nextn.bench.tables import (
     CHECK_COLUMNS,
+    PROFILE_COLUMNS,
     SANITIZE_COLUMNS,
     TIMED_COLUMNS,
     Columns,
@@ -37,6 +39,7 @@ _STAGES: dict[str, tuple[type, Callable[..., list[dict[str, Any]]], Columns]] = 
     "verify-layer": (VerifyLayerOptions, bench_verify_layer, TIMED_COLUMNS),
     "check": (CheckOptions, check_ops, CHECK_COLUMNS),
     "sanitize": (SanitizeOptions, sanitize_ops, SANITIZE_COLUMNS),
+    "profile": (ProfileOptions, profile_ops, PROFILE_COLUMNS),
 }
 _STAGE_FILES = {"ops": OPS_FILE, "verify-layer": LAYER_FILE}
 
@@ -47,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage, as_json, plot = options.pop("stage"), options.pop("json", False), options.pop("plot", None)
     if stage == "run-cases":
         print(f"{run_cases(options['op'], options['only'])} launches")
+        return 0
+    if stage == "run-shapes":
+        print(f"{run_shapes(options['op'], options['only'], options['peers_dir'])} launches")
         return 0
     kind, function, columns = _STAGES[stage]
     try:
@@ -64,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"rows": rows}))
     elif stage == "check":
         print(f"{len(rows)} checked, {failed} failed")
-    elif stage == "sanitize":
+    elif stage in ("sanitize", "profile"):
         print_rows(rows, columns)
     else:
         print_comparison(rows)
@@ -112,9 +118,17 @@ def _make_parser() -> argparse.ArgumentParser:
     sanitize = stages.add_parser("sanitize", parents=[shared, on_ops], help="every kernel under compute-sanitizer")
     sanitize.add_argument("--tool", dest="tools", action="append", choices=TOOLS)
     sanitize.add_argument("--only", help="kernels whose name contains this")
-    cases = stages.add_parser("run-cases", help="launch every kernel of an op once per case, for a tool that watches")
-    cases.add_argument("--op", required=True, choices=OPS)
-    cases.add_argument("--only", default="")
+    profile = stages.add_parser("profile", parents=[shared, on_ops], help="every kernel's counters, by ncu")
+    profile.add_argument("--only", help="shapes whose name contains this")
+    profile.add_argument("--peers-dir", type=Path, help="folder with deep_gemm, flash_mla or vLLM's library")
+    watched = argparse.ArgumentParser(add_help=False)
+    watched.add_argument("--op", required=True, choices=OPS)
+    watched.add_argument("--only", default="")
+    stages.add_parser(
+        "run-cases", parents=[watched], help="launch every kernel of an op once per case, for a sanitizer"
+    )
+    shapes = stages.add_parser("run-shapes", parents=[watched], help="the same once per shape, for a profiler")
+    shapes.add_argument("--peers-dir", type=Path)
     return parser
 
 

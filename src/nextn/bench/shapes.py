@@ -234,7 +234,10 @@ def _full_logits() -> list[Shape]:
 
 
 def list_shapes(grid: str, ops: Sequence[str]) -> list[Any]:
-    """The shapes of a grid: ``targets``, ``small`` (a few seconds, on a CPU too) or ``full``, of the ops named.
+    """The shapes of a grid, of the ops named.
+
+    The grids are ``targets``, ``small`` (a few seconds, on a CPU too), ``full``, and ``profile``, whose limits counters
+    explain.
 
     Example:
         >>> [shape.name for shape in list_shapes("small", ["select_topk"])]
@@ -260,8 +263,15 @@ def list_shapes(grid: str, ops: Sequence[str]) -> list[Any]:
             *_attention([(b, n, h, o) for b in (1, 16, 64) for n in range(1, 9) for h in (16, 64) for o in (0.9, 0.7)]),
             *_small_ops((4, 64, 256, 1024)),
         ],
+        "profile": lambda: [
+            *_logits(((64, 32768, 1), (64, 32768, 4), (64, 32768, 5), (64, 32768, 8), (1, 8192, 4))),
+            *_rows(((64, 32768), (256, 32768))),
+            *_attention(((64, 4, 16, 0.9), (64, 4, 64, 0.9), (64, 4, 128, 0.9))),
+            *_small_ops((256,)),
+            *_small_ops((4096,))[:2],
+        ],
     }[grid]()
     return [shape for shape in shapes if shape.op in ops]
 
 
-GRIDS = ("targets", "small", "full")
+GRIDS = ("targets", "small", "full", "profile")

@@ -33,6 +33,20 @@ CHECK_COLUMNS: Columns = {
     "error": "error",
     "note": "note",
 }
+PROFILE_COLUMNS: Columns = {
+    "shape": "shape",
+    "kernel": "kernel",
+    "launch": "launch",
+    "time_us": "us",
+    "dram_pct": "DRAM %",
+    "l2_pct": "L2 %",
+    "tensor_pct": "tensor %",
+    "issue_pct": "issue %",
+    "warps_per_scheduler": "warps",
+    "registers": "registers",
+    "stalls": "stalls",
+    "note": "note",
+}
 SANITIZE_COLUMNS: Columns = {"op": "op", "tool": "tool", "passed": "passed", "note": "note"}
 
 
@@ -48,6 +62,8 @@ def format_cell(row: Row, name: str) -> str:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number:.1f}" for key, number in value.items())
     if isinstance(value, float):
         return f"{value:.1e}" if name in ("diff", "error") else f"{value:.2f}" if name == "ratio" else f"{value:.1f}"
     return str(value)
