@@ -163,14 +163,16 @@ class SmallOpShape:
     Attributes:
         op: ``prepare_query``, ``write_cache`` or ``accept_drafts``.
         rows: R, four to a request.
+        is_sampled: whether drafts are judged by rejection sampling, at temperature 0.8 and top-p 0.95.
     """
 
     op: str
     rows: int
+    is_sampled: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.rows} rows"
+        return f"{self.rows} rows" + (" sampled" if self.is_sampled else "")
 
     @property
     def cost(self) -> Cost:
@@ -250,12 +252,14 @@ def list_shapes(grid: str, ops: Sequence[str]) -> list[Any]:
             *_attention(_TARGET_ATTENTION),
             *_small_ops((256,)),
             *_small_ops((4096,))[:2],
+            SmallOpShape(op="accept_drafts", rows=256, is_sampled=True),
         ],
         "small": lambda: [
             *_logits(((2, 1024, 1), (2, 1024, 4), (8, 256, None))),
             *_rows(((1, 4096), (8, 4096))),
             *_attention(((2, 4, 16, 0.9),), context=4096),
             *_small_ops((8,)),
+            SmallOpShape(op="accept_drafts", rows=8, is_sampled=True),
         ],
         "full": lambda: [
             *_full_logits(),

@@ -18,6 +18,7 @@ from nextn.bench.shapes import IndexLogitsShape, SelectTopkShape, SmallOpShape, 
 from nextn.cache_format import LATENT_DIM, LATENT_ROW_DIM, ROPE_DIM, IndexCacheFormat, LatentCacheFormat
 from nextn.hardware import describe_device
 from nextn.ops._kernel import Kernel, discover
+from nextn.ops.accept_drafts import SamplingTensors
 from nextn.ops.accept_drafts.problem import AcceptDraftsProblem
 from nextn.ops.index_logits.problem import problem_of as index_logits_problem
 from nextn.ops.prepare_query.problem import problem_of as prepare_query_problem
@@ -288,23 +289,33 @@ def _make_accept_drafts(shape: SmallOpShape, device: torch.device, generator: to
     logits = torch.randn(shape.rows, _VOCAB, device=device, generator=generator)
     drafts = logits.roll(1, dims=0).argmax(dim=1)
     drafts[::5] = 0
+    requests = shape.rows // 4
     arguments = {
         "logits": logits,
         "draft_ids": drafts,
-        "query_offsets": offsets_of((4,) * (shape.rows // 4), device),
-        "sampling": None,
+        "query_offsets": offsets_of((4,) * requests, device),
+        "sampling": _make_sampling(requests, device) if shape.is_sampled else None,
         "draft_probs": None,
-        "positions": None,
+        "positions": torch.arange(shape.rows, device=device) if shape.is_sampled else None,
     }
     problem = AcceptDraftsProblem(
         arch=describe_device(device).arch,
-        num_requests=shape.rows // 4,
+        num_requests=requests,
         num_rows=shape.rows,
         vocab=_VOCAB,
-        is_greedy=True,
+        is_greedy=not shape.is_sampled,
         has_draft_probs=False,
     )
     return op_calls.accept_drafts_call(problem, arguments)
+
+
+def _make_sampling(requests: int, device: torch.device) -> SamplingTensors:
+    return SamplingTensors(
+        temperature=torch.full((requests,), 0.8, device=device),
+        top_k=torch.zeros(requests, dtype=torch.int32, device=device),
+        top_p=torch.full((requests,), 0.95, device=device),
+        seed=torch.arange(requests, device=device),
+    )
 
 
 def _rope_table(positions: int, device: torch.device) -> torch.Tensor:
