@@ -24,11 +24,13 @@ from nextn.bench.tables import (
     PROFILE_COLUMNS,
     SANITIZE_COLUMNS,
     TIMED_COLUMNS,
+    TUNED_COLUMNS,
     Columns,
     format_cell,
     print_comparison,
     print_rows,
 )
+from nextn.bench.tune import TuneOptions, tune_kernel
 from nextn.bench.verify_layer import FILE_NAME as LAYER_FILE
 from nextn.bench.verify_layer import VerifyLayerOptions, bench_verify_layer
 from nextn.errors import NextnError
@@ -40,6 +42,7 @@ _STAGES: dict[str, tuple[type, Callable[..., list[dict[str, Any]]], Columns]] = 
     "check": (CheckOptions, check_ops, CHECK_COLUMNS),
     "sanitize": (SanitizeOptions, sanitize_ops, SANITIZE_COLUMNS),
     "profile": (ProfileOptions, profile_ops, PROFILE_COLUMNS),
+    "tune": (TuneOptions, tune_kernel, TUNED_COLUMNS),
 }
 _STAGE_FILES = {"ops": OPS_FILE, "verify-layer": LAYER_FILE}
 
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"rows": rows}))
     elif stage == "check":
         print(f"{len(rows)} checked, {failed} failed")
-    elif stage in ("sanitize", "profile"):
+    elif stage in ("sanitize", "profile", "tune"):
         print_rows(rows, columns)
     else:
         print_comparison(rows)
@@ -121,6 +124,13 @@ def _make_parser() -> argparse.ArgumentParser:
     profile = stages.add_parser("profile", parents=[shared, on_ops], help="every kernel's counters, by ncu")
     profile.add_argument("--only", help="shapes whose name contains this")
     profile.add_argument("--peers-dir", type=Path, help="folder with deep_gemm, flash_mla or vLLM's library")
+    tune = stages.add_parser("tune", parents=[shared], help="one kernel under other configurations, side by side")
+    tune.add_argument("--op", required=True, choices=OPS)
+    tune.add_argument("--kernel", required=True)
+    tune.add_argument("--config", dest="configs", action="append", help="as in 'stages=4|8 turns=2'; several times")
+    tune.add_argument("--grid", choices=GRIDS)
+    tune.add_argument("--only", help="shapes whose name contains this")
+    tune.add_argument("--rounds", type=int, help="turns per configuration")
     watched = argparse.ArgumentParser(add_help=False)
     watched.add_argument("--op", required=True, choices=OPS)
     watched.add_argument("--only", default="")

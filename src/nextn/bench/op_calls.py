@@ -70,18 +70,18 @@ class OpCall:
     read: Callable[[], Results]
     compare: Callable[[Results, Results], Verdict]
 
-    def plan(self, kernel: Kernel) -> OpPlan:
-        """What ``kernel`` plans for this call, chosen or not."""
+    def plan(self, kernel: Kernel, config: Any = None) -> OpPlan:
+        """What ``kernel`` plans for this call, chosen or not, under its own configuration or another."""
         data = None
         if kernel.plan is not None:
-            offered = {**self.arguments, "device": self.device}
-            taken = inspect.signature(kernel.plan).parameters
-            data = kernel.plan(self.problem, **{name: offered[name] for name in taken if name in offered})
+            offered = {**self.arguments, "device": self.device, "config": config}
+            data = kernel.plan(self.problem, **_taken_by(kernel.plan, offered))
         return OpPlan(choice=Choice(kernel=kernel, form="", refusals=(), others=()), problem=self.problem, data=data)
 
-    def launcher(self, kernel: Kernel) -> Callable[[], Any]:
+    def launcher(self, kernel: Kernel, config: Any = None) -> Callable[[], Any]:
         """Plan and prepare once; the result launches."""
-        return kernel.prepare(self.problem, **self.arguments, **self.outputs, plan=self.plan(kernel))
+        cut = _taken_by(kernel.prepare, {"config": config})
+        return kernel.prepare(self.problem, **self.arguments, **self.outputs, plan=self.plan(kernel, config), **cut)
 
     def run(self, kernel: Kernel) -> Results:
         """Plan, prepare, and the results of one launch into poisoned outputs."""
@@ -103,6 +103,11 @@ class OpCall:
     def device(self) -> torch.device:
         """Where the tensors lie."""
         return next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+
+
+def _taken_by(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
+    taken = inspect.signature(function).parameters
+    return {name: offered[name] for name in taken if name in offered}
 
 
 def poison(tensor: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from nextn.bench.shapes import GRIDS, list_shapes
 from nextn.bench.workloads import Candidate, make_workload, our_candidates
 from nextn.errors import InputError
 from nextn.ops._kernel import OPS, choose
-from nextn.testing.timing import Clock, Run, Timing, make_clock, measure_overhead, time_in_turns
+from nextn.testing.timing import Clock, CpuClock, Run, Timing, make_clock, measure_overhead, time_in_turns
 
 FILE_NAME = "ops.jsonl"
 
@@ -103,14 +103,17 @@ def bench_shape(shape: Any, device: torch.device, clock: Clock, *, rounds: int) 
     """
     workload = make_workload(shape, device)
     (ours, refusals), (peers, absent) = our_candidates(workload), peer_candidates(workload)
-    checked = [check_candidate(candidate, clock) for candidate in (*ours, *peers)]
-    runs = [one.run for one in checked if one.run is not None]
-    cold = iter(time_in_turns(runs, clock, is_warm=False, num_rounds=rounds))
-    warm = iter(time_in_turns(runs, clock, is_warm=True, num_rounds=rounds))
     chosen = choose(shape.op, workload.call.problem).kernel.name
-    clocks = read_clocks() if device.type == "cuda" else {}
+    common = {**describe_shape(shape), "absent": {**refusals, **absent}}
+    for candidate, row in time_candidates([*ours, *peers], clock, rounds=rounds, floor_us=shape.cost.floor_us):
+        is_chosen = candidate.kind != "peer" and candidate.name == chosen
+        yield {**common, "kernel": candidate.name, "kind": candidate.kind, "chosen": is_chosen, **row}
+
+
+def describe_shape(shape: Any) -> Row:
+    """What all rows of a shape have in common: stage, op, shape, sizes, bytes, flops and floor_us."""
     cost = shape.cost
-    common = {
+    return {
         "stage": "bench",
         "op": shape.op,
         "shape": shape.name,
@@ -118,16 +121,26 @@ def bench_shape(shape: Any, device: torch.device, clock: Clock, *, rounds: int) 
         "bytes": cost.num_bytes,
         "flops": cost.num_flops,
         "floor_us": round(cost.floor_us, 2),
-        "absent": {**refusals, **absent},
-        **clocks,
     }
+
+
+def time_candidates(
+    candidates: Sequence[Candidate], clock: Clock, *, rounds: int, floor_us: float
+) -> Iterator[tuple[Candidate, Row]]:
+    """Check every candidate of a shape, then time in turns those that are right.
+
+    Yields:
+        Each candidate with passed, diff, error and note; its times, or None; and the GPU's clocks just after.
+    """
+    checked = [check_candidate(candidate, clock) for candidate in candidates]
+    runs = [one.run for one in checked if one.run is not None]
+    cold = iter(time_in_turns(runs, clock, is_warm=False, num_rounds=rounds))
+    warm = iter(time_in_turns(runs, clock, is_warm=True, num_rounds=rounds))
+    clocks = {} if isinstance(clock, CpuClock) else read_clocks()
     for one in checked:
-        is_timed = one.run is not None
-        timings = (next(cold), next(warm)) if is_timed else (None, None)
+        timings = (None, None) if one.run is None else (next(cold), next(warm))
         verdict = dataclasses.asdict(one.verdict)
-        is_chosen = one.candidate.kind != "peer" and one.candidate.name == chosen
-        names = {"kernel": one.candidate.name, "kind": one.candidate.kind, "chosen": is_chosen}
-        yield {**common, **names, **verdict, **time_fields(*timings, floor_us=cost.floor_us)}
+        yield one.candidate, {**clocks, **verdict, **_time_fields(*timings, floor_us=floor_us)}
 
 
 def check_rounds(rounds: int) -> None:
@@ -165,7 +178,7 @@ def check_candidate(candidate: Candidate, clock: Clock) -> Checked:
     return Checked(candidate=candidate, verdict=verdict, run=captured.replay if verdict.passed else None)
 
 
-def time_fields(cold: Timing | None, warm: Timing | None, *, floor_us: float) -> Row:
+def _time_fields(cold: Timing | None, warm: Timing | None, *, floor_us: float) -> Row:
     if cold is None or warm is None:
         names = ("cold_us", "cold_low_us", "cold_high_us", "warm_us", "warm_low_us", "warm_high_us")
         return {**dict.fromkeys(names), "num_runs": 0, "ratio": None}

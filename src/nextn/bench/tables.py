@@ -24,6 +24,15 @@ TIMED_COLUMNS: Columns = {
     "ratio": "x floor",
     "note": "note",
 }
+TUNED_COLUMNS: Columns = {
+    "shape": "shape",
+    "config": "config",
+    "cold_us": "cold us",
+    "spread": "20-80 %",
+    "warm_us": "warm us",
+    "ratio": "x floor",
+    "note": "note",
+}
 CHECK_COLUMNS: Columns = {
     "op": "op",
     "kernel": "kernel",
@@ -63,7 +72,7 @@ def format_cell(row: Row, name: str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {number:.1f}" for key, number in value.items())
+        return ", ".join(f"{key} {format_cell(value, key)}" for key in value)
     if isinstance(value, float):
         return f"{value:.1e}" if name in ("diff", "error") else f"{value:.2f}" if name == "ratio" else f"{value:.1f}"
     return str(value)

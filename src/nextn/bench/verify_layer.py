@@ -26,8 +26,8 @@ from nextn.bench.layer import (
     translate_to_slots,
 )
 from nextn.bench.op_calls import Results, Verdict
-from nextn.bench.ops import check_candidate, check_rounds, time_fields
-from nextn.bench.rows import Row, collect_rows, describe_run, open_device, read_clocks
+from nextn.bench.ops import check_rounds, time_candidates
+from nextn.bench.rows import Row, collect_rows, describe_run, open_device
 from nextn.bench.workloads import (
     PAGE,
     Candidate,
@@ -38,7 +38,7 @@ from nextn.hardware import Arch, describe_device
 from nextn.ops._kernel import OPS, discover
 from nextn.ops.sparse_mla.problem import problem_of as sparse_mla_problem
 from nextn.plan import DSAMetadata, plan_forward
-from nextn.testing.timing import Clock, make_clock, measure_overhead, time_in_turns
+from nextn.testing.timing import Clock, make_clock, measure_overhead
 
 FILE_NAME = "verify_layer.jsonl"
 OWN = "nextn"  # the composition of our kernels alone
@@ -115,12 +115,7 @@ def bench_layer(layer: Layer, clock: Clock, rounds: int) -> Iterator[Row]:
         (share of a draft's selection that the next draft's has too), union (distinct tokens per request), floor_us and
         the times of ``bench_shape``.
     """
-    device = layer.q.device
-    candidates = [*_our_compositions(layer), *_peer_compositions(layer)]
-    checked = [(check_candidate(candidate, clock), names) for candidate, names in candidates]
-    runs = [one.run for one, _ in checked if one.run is not None]
-    cold = iter(time_in_turns(runs, clock, is_warm=False, num_rounds=rounds))
-    warm = iter(time_in_turns(runs, clock, is_warm=True, num_rounds=rounds))
+    candidates, names = zip(*_our_compositions(layer), *_peer_compositions(layer))
     overlap, union = measure_overlap(layer)
     floor = layer.shape.floor_us(overlap)
     common = {
@@ -130,13 +125,11 @@ def bench_layer(layer: Layer, clock: Clock, rounds: int) -> Iterator[Row]:
         "overlap": round(overlap, 3),
         "union": round(union),
         "floor_us": round(floor, 1),
-        **(read_clocks() if device.type == "cuda" else {}),
     }
-    for one, names in checked:
-        timings = (next(cold), next(warm)) if one.run is not None else (None, None)
-        name = one.candidate.name
-        described = {"kernel": name, "kind": one.candidate.kind, "chosen": name == OWN, "kernels": names}
-        yield {**common, **described, **dataclasses.asdict(one.verdict), **time_fields(*timings, floor_us=floor)}
+    timed = time_candidates(candidates, clock, rounds=rounds, floor_us=floor)
+    for (candidate, row), kernels in zip(timed, names):
+        described = {"kernel": candidate.name, "kind": candidate.kind, "chosen": candidate.name == OWN}
+        yield {**common, **described, "kernels": kernels, **row}
 
 
 def _list_shapes(options: VerifyLayerOptions) -> list[LayerShape]:

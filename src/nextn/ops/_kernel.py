@@ -77,6 +77,8 @@ class Kernel:
         rank: preference among the kernels that can take a problem; the highest wins, the reference is 0.
         plan: once-per-forward work (a schedule, a workspace) handed to every layer's ``prepare`` as ``plan``; None if
             the kernel needs none.
+        configure: how it would cut a problem: a frozen dataclass, other values of which ``plan`` or ``prepare`` take as
+            ``config``, for tuning. None if there is nothing to cut.
         form: how it would run a problem, for ``explain``: "native [64, 4]", "flattened, since ...".
         allocates_output: whether it can only write an output of its own. Then ``prepare`` also takes ``out=None``, and
             the launch returns that output; given an ``out`` it copies into it, and the launch returns ``out``.
@@ -91,6 +93,7 @@ class Kernel:
     prepare: Callable[..., Launch]
     rank: Callable[[Any], int]
     plan: Callable[..., Any] | None = None
+    configure: Callable[[Any], Any] | None = None
     form: Callable[[Any], str] | None = None
     allocates_output: bool = False
     takes_fills: bool = False

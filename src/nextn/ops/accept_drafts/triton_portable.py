@@ -548,6 +548,7 @@ KERNEL = Kernel(
     arches=frozenset(arch for arch in Arch if arch.is_cuda or arch.is_rocm),
     rejects=lambda problem: None,
     prepare=prepare,
+    configure=configure,
     rank=lambda problem: 20,
     plan=plan,
 )

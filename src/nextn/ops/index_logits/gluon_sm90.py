@@ -594,6 +594,7 @@ KERNEL = Kernel(
     arches=frozenset({Arch.SM90}),
     rejects=rejects,
     prepare=prepare,
+    configure=choose_config,
     rank=rank,
     plan=build_schedule,
     form=triton_portable.form,

@@ -594,6 +594,7 @@ KERNEL = Kernel(
     arches=frozenset(_SHARED_BYTES),
     rejects=rejects,
     prepare=prepare,
+    configure=choose_config,
     rank=lambda problem: _RANK,
     plan=build_schedule,
     form=form,

@@ -511,6 +511,7 @@ KERNEL = Kernel(
     arches=frozenset(arch for arch in Arch if arch.is_cuda or arch.is_rocm),
     rejects=rejects,
     prepare=prepare,
+    configure=configure,
     rank=lambda problem: 20,
     plan=plan,
     form=describe,

@@ -199,6 +199,7 @@ KERNEL = Kernel(
     arches=frozenset({Arch.SM90}),
     rejects=rejects,
     prepare=prepare,
+    configure=choose_config,
     rank=lambda problem: 40,
     plan=plan,
     form=form,

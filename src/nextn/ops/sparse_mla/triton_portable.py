@@ -106,6 +106,7 @@ KERNEL = Kernel(
     arches=GPU_ARCHES,
     rejects=rejects,
     prepare=prepare,
+    configure=choose_config,
     rank=lambda problem: 20,
     plan=plan,
 )

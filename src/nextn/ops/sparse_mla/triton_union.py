@@ -118,6 +118,7 @@ KERNEL = Kernel(
     arches=GPU_ARCHES,
     rejects=rejects,
     prepare=prepare,
+    configure=choose_config,
     rank=lambda problem: 30,
     plan=plan,
     takes_fills=True,
