@@ -174,6 +174,17 @@ def test_the_summary_of_a_race_check_is_kept():
     assert read_summary(output, 0) == "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings); 24 launches"
 
 
+def test_where_a_race_was_found_is_kept():
+    output = (
+        "========= Error: Race reported between Write access at kernel+0xf0 in kernel.py:17\n"
+        "=========     and Read access at kernel+0x100 in kernel.py:20 [124 hazards]\n"
+        "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    )
+    summary = read_summary(output, 86)
+    assert "between Write access at kernel+0xf0 in kernel.py:17 and Read access at kernel+0x100" in summary
+    assert summary.endswith("RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)")
+
+
 def is_running(process: int) -> bool:
     """Whether a process exists and has not ended; who started it may not have asked for its exit code yet."""
     try:

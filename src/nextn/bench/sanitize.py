@@ -105,7 +105,7 @@ def run_tool(op: str, tool: str, only: str, seconds: float) -> Row:
 def read_summary(output: str, exit_code: int) -> str:
     """What the tool found, in a line: its first complaint, where that was, and its summary."""
     complaints = re.findall(
-        r"^========= ((?:Invalid|Race|Barrier|Program hit|Error:|Warning:).*)\n=========\s+(at .*)$",
+        r"^========= ((?:Invalid|Race|Barrier|Program hit|Error:|Warning:).*)\n=========\s+((?:at|and) .*)$",
         output,
         re.MULTILINE,
     )
