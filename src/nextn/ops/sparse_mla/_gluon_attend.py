@@ -284,7 +284,7 @@ def _score(
     row, head, is_pair = _locate_pairs(rows, GROUP, _ROW)
     gl.store(lse_ptr + row * lse_row_stride + head * lse_head_stride, lse, mask=is_pair)
     inverse = gl.convert_layout(1.0 / divisor, _OUT_ROW)
-    _store_half(acc * inverse[:, None], 0, rows, out_ptr, out_row_stride, out_head_stride, GROUP)
+    _store_half(acc * inverse[:, None], left.index(0), 0, rows, out_ptr, out_row_stride, out_head_stride, GROUP)
 
 
 @gluon.jit
@@ -303,16 +303,20 @@ def _sum_right(
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(summed_bars, count=1)
         mbarrier.arrive(empty_bars.index(buffer), count=1)
-    mbarrier.wait(weighed_bars, num_tiles % 2)
-    _store_half(acc * decays.load(_OUT_ROW)[:, None], 1, rows, out_ptr, out_row_stride, out_head_stride, GROUP)
+    mbarrier.wait(weighed_bars, num_tiles % 2)  # after which no score reads the right halves either
+    _store_half(
+        acc * decays.load(_OUT_ROW)[:, None], right.index(0), 1, rows, out_ptr, out_row_stride, out_head_stride, GROUP
+    )
 
 
 @gluon.jit
-def _store_half(values, half, rows, out_ptr, out_row_stride, out_head_stride, GROUP: gl.constexpr):
-    row, head, is_pair = _locate_pairs(rows, GROUP, _OUT_ROW)
-    offs_d = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _OUT))
+def _store_half(values, buffer, half, rows, out_ptr, out_row_stride, out_head_stride, GROUP: gl.constexpr):
+    """Store half of the output by way of a buffer that is no longer used, so that threads write 16 bytes at once."""
+    buffer.store(values.to(gl.bfloat16))
+    row, head, is_pair = _locate_pairs(rows, GROUP, gl.SliceLayout(1, _QUERIES))
+    offs_d = half * _HALF + gl.arange(0, _HALF, layout=gl.SliceLayout(0, _QUERIES))
     out_rows = out_ptr + row * out_row_stride + head * out_head_stride
-    gl.store(out_rows[:, None] + offs_d[None, :], values.to(out_ptr.dtype.element_ty), mask=is_pair[:, None])
+    gl.store(out_rows[:, None] + offs_d[None, :], buffer.load(_QUERIES), mask=is_pair[:, None])
 
 
 @gluon.jit
