@@ -373,6 +373,7 @@ def _attend_sm90_kernel(
     stop_row = gl.minimum(gl.minimum(first_row + TOKENS, (group // SUBGROUPS + 1) * DEPTH), num_rows)
     rows = (first_row, stop_row, gl.program_id(1) * GROUP, heads)
     _load_queries(q_ptr, rows, q_row_stride, q_head_stride, q, q_rope, GROUP)
+    _wait_for_lists()
     list_ptr += group.to(gl.int64) * list_stride
     masks_ptr += group.to(gl.int64) * list_stride
     if IS_UNION:
@@ -422,6 +423,12 @@ def _attend_sm90_kernel(
         [4, 4],
         [160, 128],
     )  # fmt: skip
+
+
+@gluon.jit
+def _wait_for_lists():
+    """Until the kernel that makes the lists has ended, if this one was launched as its dependent."""
+    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -252,24 +252,47 @@ def _find_stop(slots_ptr, first, stop, num_slots, BLOCK: tl.constexpr):
 
 @triton.jit
 def _combine_kernel(
-    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, heads, out_row_stride, out_head_stride,
-    SPLITS: tl.constexpr, SPLIT_BLOCK: tl.constexpr, IS_INTERPRETED: tl.constexpr,
+    parts_ptr, part_lse_ptr, out_ptr, lse_ptr, num_pairs, heads, out_row_stride, out_head_stride,
+    SPLITS: tl.constexpr, PAIRS: tl.constexpr, IS_DEPENDENT: tl.constexpr, IS_INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The weighted sum of the splits' outputs of one (row, head) pair, in one order whatever finished first."""
-    pair = tl.program_id(0).to(tl.int64)
-    offs_s = tl.arange(0, SPLIT_BLOCK)
+    """The weighted sums of the splits' outputs of (row, head) pairs, in one order whatever finished first.
+
+    IS_DEPENDENT: launched before the attention has ended, to be set up meanwhile.
+    """
+    if IS_DEPENDENT:
+        _wait_for_primary()
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    is_pair = pair < num_pairs
     offs_d = tl.arange(0, _LATENT)
-    is_split = offs_s < SPLITS
-    part_ptrs = parts_ptr + (pair * SPLITS + offs_s)[:, None] * _LATENT + offs_d[None, :]
-    parts = tl.load(part_ptrs, mask=is_split[:, None], other=0.0).to(tl.float32)  # [SPLIT_BLOCK, 512]
-    lses = tl.load(part_lse_ptr + pair * SPLITS + offs_s, mask=is_split, other=float("-inf"))
-    largest = tl.max(lses, axis=0)
+    largest = tl.full((PAIRS,), float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(part_lse_ptr + pair * SPLITS + split, mask=is_pair, other=float("-inf"))
+        largest = tl.maximum(largest, lse)
     reference = tl.where(largest == float("-inf"), 0.0, largest)
-    shares = tl.exp(lses - reference)
-    total = tl.sum(shares, axis=0)
+    total = tl.zeros((PAIRS,), tl.float32)
+    out = tl.zeros((PAIRS, _LATENT), tl.float32)
+    for split in tl.static_range(SPLITS):
+        lse = tl.load(part_lse_ptr + pair * SPLITS + split, mask=is_pair, other=float("-inf"))
+        share = tl.exp(lse - reference)
+        total += share
+        part_ptrs = parts_ptr + (pair * SPLITS + split)[:, None] * _LATENT + offs_d[None, :]
+        out += tl.load(part_ptrs, mask=is_pair[:, None], other=0.0).to(tl.float32) * share[:, None]
     divisor = tl.where(total == 0.0, 1.0, total)
-    out = tl.sum(parts * (shares / divisor)[:, None], axis=0)
     row, head = pair // heads, pair % heads
-    tl.store(lse_ptr + pair, largest + tl.log(divisor))
-    out_ptrs = out_ptr + row * out_row_stride + head * out_head_stride + offs_d
-    tl.store(out_ptrs, _round_to(out, out_ptr.dtype.element_ty, IS_INTERPRETED))
+    tl.store(lse_ptr + pair, largest + tl.log(divisor), mask=is_pair)
+    out_ptrs = out_ptr + (row * out_row_stride + head * out_head_stride)[:, None] + offs_d[None, :]
+    out = _round_to(out / divisor[:, None], out_ptr.dtype.element_ty, IS_INTERPRETED)
+    tl.store(out_ptrs, out, mask=is_pair[:, None])
+
+
+@triton.jit
+def _wait_for_primary():
+    """Until the kernel before has ended and its writes can be read; NVIDIA from SM90."""
+    tl.inline_asm_elementwise(
+        "griddepcontrol.wait; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -349,23 +349,27 @@ def _describe_combine(
     lse: torch.Tensor,
 ) -> Launch:
     splits = workspace.config.splits
+    num_pairs = problem.num_rows * problem.heads
+    pairs = 4 if splits <= 4 else 1  # by the splits alone, since deterministic bits must not depend on the batch
     arguments = {
         "parts_ptr": workspace.parts,
         "part_lse_ptr": workspace.part_lse,
         "out_ptr": out,
         "lse_ptr": lse,
+        "num_pairs": num_pairs,
         "heads": problem.heads,
         "out_row_stride": out.stride(0),
         "out_head_stride": out.stride(1),
         "SPLITS": splits,
-        "SPLIT_BLOCK": triton.next_power_of_2(splits),
+        "PAIRS": pairs,
+        "IS_DEPENDENT": False,
         "IS_INTERPRETED": IS_INTERPRETED,
     }
     return Launch(
         function=_combine_kernel,
         arguments=arguments,
-        grid=(problem.num_rows * problem.heads,),
-        options={"num_warps": 1 if splits <= 2 else 4, "enable_fp_fusion": True},
+        grid=(triton.cdiv(num_pairs, pairs),),
+        options={"num_warps": 4, "enable_fp_fusion": True},
     )
 
 
