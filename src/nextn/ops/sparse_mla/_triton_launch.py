@@ -120,7 +120,8 @@ class UnionWorkspace:
         attend: that of the attention.
         cells: int64 ``[lists, 2, buckets, tokens]``, the hash tables; None if no rows share.
         age: int32 ``[1]``, how often the tables were used; the attention adds one.
-        slots: int32 ``[lists, tokens * k]``, what each row adds to its list in a part of its own; or None.
+        slots: int32 ``[lists, tokens * k]``, what each row adds to its list in a part of its own, or all of it as if
+            it were the first part; or None.
         masks: as ``slots``.
         counts: int32 ``[lists, tokens]``, valid entries of the parts; or None.
     """
