@@ -427,8 +427,18 @@ def _attend_sm90_kernel(
 
 @gluon.jit
 def _wait_for_lists():
-    """Until the kernel that makes the lists has ended, if this one was launched as its dependent."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    """Until the kernel that makes the lists has ended, if this one was launched as its dependent.
+
+    From then on this one's own dependent may set itself up.
+    """
+    gl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;",
+        "=r",
+        [],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
