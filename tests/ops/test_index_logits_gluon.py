@@ -13,8 +13,9 @@ import torch
 
 from nextn.hardware import Arch, pretend_device
 from nextn.ops._kernel import choose
+from nextn.ops.index_logits._contiguous import ContiguousKeys
 from nextn.ops.index_logits.cases import IndexLogitsCase
-from nextn.ops.index_logits.problem import IndexLogitsProblem
+from nextn.ops.index_logits.problem import CONTIGUOUS, IndexLogitsProblem
 from nextn.testing.compile_gate import TARGETS, Binary, compile_launch, is_interpreting
 
 pytest.importorskip("triton")
@@ -41,6 +42,33 @@ def prepare_on_meta(case: IndexLogitsCase, **changes: torch.Tensor):
 def compile_case(row_counts: tuple[int, ...]) -> tuple[Binary, gluon_sm90.Config]:
     case = make_case(row_counts)
     return compile_launch(prepare_on_meta(case), Arch.SM90), gluon_sm90.choose_config(case.problem(HOPPER))
+
+
+def prepare_contiguous(keys: torch.Tensor, scales: torch.Tensor, *, num_rows: int, is_compressed: bool = False):
+    """Rows of 64 heads over all keys, on meta tensors."""
+    problem = IndexLogitsProblem(
+        arch=Arch.SM90, num_sms=HOPPER.num_sms, num_requests=1, num_rows=num_rows, next_n=None, max_rows=num_rows,
+        heads=64, dim=128, page_size=0, max_pages=0, max_context=keys.shape[0], cache=CONTIGUOUS,
+    )  # fmt: skip
+    bounds = torch.empty(2, num_rows, dtype=torch.int32, device="meta")
+    unused = torch.empty(1, 1, dtype=torch.int32, device="meta")
+    return KERNEL.prepare(
+        problem,
+        q=torch.empty(num_rows, 64, 128, dtype=torch.float8_e4m3fn, device="meta"),
+        weights=torch.empty(num_rows, 64, device="meta"),
+        index_cache=ContiguousKeys(
+            values=keys, scales=scales, row_starts=bounds[0], is_compressed=is_compressed
+        ),
+        query_offsets=unused[0],
+        visible_lens=bounds[1],
+        page_table=unused,
+        out=torch.empty(num_rows, keys.shape[0], device="meta"),
+    )  # fmt: skip
+
+
+def empty_keys(num_keys: int, width: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    values = torch.empty(num_keys, width, dtype=torch.float8_e4m3fn, device="meta")[:, :128]
+    return values, torch.empty(num_keys, device="meta")
 
 
 @pytest.mark.parametrize("heads", [32, 64])
@@ -89,6 +117,27 @@ def test_products_stay_in_registers_and_keys_come_by_bulk_copies(row_counts):
     assert binary.shared_bytes <= TARGETS[Arch.SM90].shared_bytes
 
 
+@compiled
+@pytest.mark.compile
+@pytest.mark.parametrize("is_compressed", [False, True])
+def test_contiguous_keys_come_by_bulk_copies_too(is_compressed):
+    launch = prepare_contiguous(*empty_keys(1000), num_rows=4096, is_compressed=is_compressed)
+    binary = compile_launch(launch, Arch.SM90)
+    assert binary.num_products == 4 * 4 * 2  # four warpgroups, of two rows or of one
+    assert binary.stack_bytes <= 128
+    assert "cp.async.bulk.tensor.3d.shared" in binary.assembly
+    assert binary.shared_bytes <= TARGETS[Arch.SM90].shared_bytes
+
+
+def test_contiguous_keys_are_one_page_whose_length_need_not_be_a_multiple_of_anything():
+    launch = prepare_contiguous(*empty_keys(1001, width=144), num_rows=20)
+    keys, scales = launch.arguments["keys_desc"], launch.arguments["scales_desc"]
+    assert (keys.shape, keys.strides) == ([1, 1001, 128], [1001 * 144, 144, 1])
+    assert (scales.shape, scales.strides[0] % 4) == ([1, 1001], 0)
+    assert launch.arguments["groups_ptr"].shape[0] == 20  # every row may begin far from the next
+    assert prepare_contiguous(*empty_keys(1001, width=136), num_rows=20).function is not launch.function
+
+
 def test_prepare_and_plan_take_meta_tensors():
     launch = prepare_on_meta(make_case((4, 4)))
     assert launch.grid == (2 * 64,)
@@ -128,8 +177,7 @@ def test_queries_and_weights_in_pieces_are_made_contiguous():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"cache": "fp32"}, "index cache fp32 is not fp8 in pages"),
-        ({"cache": "fp8_contiguous"}, "index cache fp8_contiguous is not fp8 in pages"),
+        ({"cache": "fp32"}, "index cache fp32 is not fp8"),
         ({"heads": 16}, "16 index heads are not one of 32, 64"),
         ({"dim": 64}, "head_dim 64 is not 128"),
         ({"page_size": 32}, "page_size 32 is not 64"),

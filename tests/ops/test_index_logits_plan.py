@@ -81,7 +81,14 @@ def test_the_triton_rows_launch_fills_workspaces_too(num_rows, num_fills):
 
 
 def fill(
-    offsets: list[int], lens: list[int], starts: list[int] | None, *, per_group: int, programs: int, one_each: bool
+    offsets: list[int],
+    lens: list[int],
+    starts: list[int] | None,
+    *,
+    per_group: int,
+    programs: int,
+    one_each: bool,
+    page_table: torch.Tensor | None = None,
 ) -> schedules.WorkSchedule:
     schedule = schedules.allocate_schedule(
         torch.device("cpu"), max_groups=len(lens), rows_per_group=per_group, num_programs=programs
@@ -94,6 +101,7 @@ def fill(
         tile=64,
         row_starts=None if starts is None else int32(starts),
         has_one_group_each=one_each,
+        page_table=page_table,
     )
     launch()
     return schedule
@@ -130,6 +138,18 @@ def test_triton_schedules_equal_their_definition(counts, data, per_group, progra
     lens = data.draw(st.lists(hostile_lens, min_size=offsets[-1], max_size=offsets[-1]))
     schedule = fill(offsets, lens, None, per_group=per_group, programs=programs, one_each=one_each)
     assert_as_defined(schedule, offsets, lens)
+
+
+@interpreted
+def test_every_share_notes_its_first_page():
+    counts, lens = [2, 3, 0, 1], [600, 650, 65, 66, 67, 129]
+    offsets = list(accumulate(counts, initial=0))
+    table = torch.arange(100, 100 + 4 * 13, dtype=torch.int32).view(4, 13)[:, :11]
+    schedule = fill(offsets, lens, None, per_group=4, programs=5, one_each=True, page_table=table)
+    assert_as_defined(schedule, offsets, lens)
+    for _, tile, _, _, request, tiles, page, _ in schedule.programs.tolist():
+        assert page == (int(table[request, tile]) if tiles else 0)
+    assert sum(record[5] > 0 for record in schedule.programs.tolist()) >= 5
 
 
 @interpreted

@@ -4,8 +4,10 @@ Hides which lane and register of a warpgroup holds which key, row and head. A pr
 (row, head) pairs: lane ``4 * octet + lane`` of a warp holds keys ``octet`` and ``octet + 8`` of the warp's sixteen, and
 of each row the heads ``8 * i + 2 * lane`` and the next, for every i.
 
-Order of a sum, the same for every row wherever it stands: a chain over a lane's heads, then the lane two apart, then
-the neighbour.
+Order of a sum, the same for every row wherever it stands: a chain over a lane's heads, ascending, then the lane two
+apart, then the neighbour. Ascending heads lie in registers of either bank in turn: in the order that splitting leaves
+them in, all even ones first, the kernel took 234.8 us, not 230.9, at 64 x 32768 and eight rows, 135.5, not 134.9, at
+four (an H100; both in one run).
 """
 
 # Triton's types describe host values; device code is checked by the compile gate.
@@ -47,6 +49,15 @@ def split_heads(x, ROWS: gl.constexpr, HEADS: gl.constexpr):
     return flat
 
 
+@gluon.constexpr_function
+def _place(i, size):
+    """Where the i-th of a lane's heads is among the parts that halving them again and again leaves."""
+    place = 0
+    while size > 1:
+        place, i, size = place * 2 + i % 2, i // 2, size // 2
+    return place
+
+
 @gluon.jit
 def sum_own_heads(products, halves):
     """Weighted sum over the heads a lane holds, in order.
@@ -56,7 +67,11 @@ def sum_own_heads(products, halves):
     """
     total = (products[0] + gl.abs(products[0])) * halves[0]
     for i in gl.static_range(1, len(products)):
-        total = gl.fma(products[i] + gl.abs(products[i]), halves[i], total)
+        total = gl.fma(
+            products[_place(i, len(products))] + gl.abs(products[_place(i, len(products))]),
+            halves[_place(i, len(products))],
+            total,
+        )
     return total
 
 

@@ -4,9 +4,9 @@ Hides how ragged requests become equal shares. Rows of one request form groups o
 of all groups, weighted by what a tile costs, form one line that is cut into equal slices, one per program.
 
 Everything is computed on the device in one launch, so a CUDA graph can capture it: one program lists the groups, and
-after a barrier looks up where each share begins. A list that does not fit the lengths of a later call gives wrong
-logits, but neither hangs nor leaves a tensor: kernels hold every entry within the call's sizes and read the lengths
-themselves. Floor: a few KB, so it takes as long as its chains of dependent loads.
+after a barrier looks up where each share begins. A list that does not fit the lengths or the page table of a later call
+gives wrong logits, but neither hangs nor leaves a tensor: kernels hold every entry within the call's sizes and read the
+lengths themselves. Floor: a few KB, so it takes as long as its chains of dependent loads.
 """
 
 # Triton's types describe host values; device code is checked by the compile gate.
@@ -23,7 +23,7 @@ import triton.language as tl
 from nextn.ops._kernel import Launch
 from nextn.ops._triton_rows import find_request
 
-RECORD = 8  # int32 per program: group, first tile, and the group's record; a power of two, for aligned loads
+RECORD = 8  # int32 per program: group, first tile, the group's record, first page; a power of two, for aligned loads
 GROUP_RECORD = 4  # int32 per group: first row, rows, request, tiles
 # Time of a tile by the rows of its group, in halves of a row's matrix work: up to three rows hide behind the loads.
 TILE_COSTS = (3, 3, 4, 4, 6, 6, 8, 8)
@@ -42,7 +42,8 @@ class WorkSchedule:
 
     Attributes:
         programs: int32 ``[num_programs + 1, 8]``: where each program starts (group, tile, then that group's record of
-            first row, rows, request and tiles; two spare); it ends where the next one starts.
+            first row, rows, request and tiles, its first page if a page table was given, one spare); it ends where the
+            next one starts.
         groups: int32 ``[max_groups, 4]``: first row, rows, request, tiles; groups without a tile are left out.
         rows_per_group: the most rows of one group.
         num_programs: programs the work is cut for.
@@ -177,9 +178,10 @@ def _tile_cost(rows, COSTS: tl.constexpr, ROWS_PER_GROUP: tl.constexpr):
 @triton.jit
 def _share_out(
     groups_ptr, cost_offsets_ptr, programs_ptr, program, num_groups, total, num_programs, search_steps,
-    COSTS: tl.constexpr, ROWS_PER_GROUP: tl.constexpr,
+    table_ptr, table_row_stride, num_requests, max_pages,
+    COSTS: tl.constexpr, ROWS_PER_GROUP: tl.constexpr, HAS_TABLE: tl.constexpr,
 ):  # fmt: skip
-    """Write where each program's share begins."""
+    """Write where each program's share begins, and its first page."""
     target = program.to(tl.int64) * total // num_programs
     low = tl.zeros_like(program)  # groups that start at or before the target
     high = tl.zeros_like(program) + num_groups
@@ -204,11 +206,16 @@ def _share_out(
     for i in tl.static_range(4):
         field = tl.load(groups_ptr + group * 4 + i, mask=group < num_groups, other=0)
         tl.store(record_ptr + 2 + i, field, mask=mask_program)
+        if HAS_TABLE and i == 2:
+            mask_page = mask_program & (group < num_groups) & (field >= 0) & (field < num_requests) & (tile < max_pages)
+            page = tl.load(table_ptr + field.to(tl.int64) * table_row_stride + tile, mask=mask_page, other=0)
+            tl.store(record_ptr + 6, page, mask=mask_program)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_requests", "num_rows", "num_keys", "max_groups", "num_programs", "request_steps", "group_steps"
+        "num_requests", "num_rows", "num_keys", "max_groups", "num_programs", "request_steps", "group_steps",
+        "table_row_stride", "max_pages",
     ]
 )  # fmt: skip
 def _fill_schedule_kernel(
@@ -218,6 +225,9 @@ def _fill_schedule_kernel(
     groups_ptr,
     cost_offsets_ptr,
     programs_ptr,
+    table_ptr,
+    table_row_stride,
+    max_pages,
     num_requests,
     num_rows,
     num_keys,
@@ -229,6 +239,7 @@ def _fill_schedule_kernel(
     TILE: tl.constexpr,
     COSTS: tl.constexpr,
     LISTED_BY: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
     PROGRAM_BLOCK: tl.constexpr,
 ):
@@ -240,7 +251,8 @@ def _fill_schedule_kernel(
     for first in range(0, num_programs + 1, PROGRAM_BLOCK):
         _share_out(
             groups_ptr, cost_offsets_ptr, programs_ptr, first + tl.arange(0, PROGRAM_BLOCK), num_groups, total,
-            num_programs, group_steps, COSTS, ROWS_PER_GROUP,
+            num_programs, group_steps, table_ptr, table_row_stride, num_requests, max_pages, COSTS, ROWS_PER_GROUP,
+            HAS_TABLE,
         )  # fmt: skip
 
 
@@ -264,6 +276,7 @@ def describe_fill(
     row_starts: torch.Tensor | None = None,
     has_one_group_each: bool = False,
     tile_costs: tuple[int, ...] = TILE_COSTS,
+    page_table: torch.Tensor | None = None,
 ) -> tuple[Launch, ...]:
     """The launches that fill ``schedule`` for a batch, in order: one.
 
@@ -277,6 +290,7 @@ def describe_fill(
             ``rows_per_group`` rows and wherever the start jumps by more than 256, and their tiles at their least start.
         has_one_group_each: whether no request has more rows than a group; its rows beyond that are not scored.
         tile_costs: time of a tile of a group of 1, 2, ... rows, in any unit; at least ``rows_per_group`` of them.
+        page_table: int32 ``[B, P]`` of pages as long as a tile, to note the first page of each share; else none is.
     """
     assert len(tile_costs) >= schedule.rows_per_group, "a group of any size needs the cost of its tiles"
     max_groups = schedule.groups.shape[0]
@@ -292,6 +306,9 @@ def describe_fill(
             "groups_ptr": schedule.groups,
             "cost_offsets_ptr": torch.empty(max_groups, dtype=torch.int64, device=visible_lens.device),
             "programs_ptr": schedule.programs,
+            "table_ptr": visible_lens if page_table is None else page_table,
+            "table_row_stride": 0 if page_table is None else page_table.stride(0),
+            "max_pages": 0 if page_table is None else page_table.shape[1],
             "num_requests": num_requests,
             "num_rows": num_rows,
             "num_keys": max_context,
@@ -303,6 +320,7 @@ def describe_fill(
             "TILE": tile,
             "COSTS": tile_costs,
             "LISTED_BY": listed_by,
+            "HAS_TABLE": page_table is not None,
             "BLOCK": block,
             "PROGRAM_BLOCK": program_block,
         },
