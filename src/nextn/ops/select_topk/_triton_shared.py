@@ -191,7 +191,8 @@ def count_before(counts, space, BINS: tl.constexpr, THREADS: tl.constexpr, BY_PT
         first = counts + tl.arange(0, THREADS) * (4 * NUM)
         drained = ()
         for start in tl.static_range(0, 4 * NUM, 16):
-            drained = drained + _drain4(first + start)
+            a, b, c, d = _drain4(first + start)
+            drained = drained + (a, b, c, d)  # noqa: RUF005
         totals = drained[0]
         for j in tl.static_range(1, NUM):
             totals += drained[j]

@@ -27,30 +27,20 @@ from nextn.hardware import Arch
 from nextn.ops._kernel import Kernel, Launch, OpPlan
 from nextn.ops._rows import Fills
 from nextn.ops.select_topk._triton_lists import arrive, keep, load_lists, read_sizes
+from nextn.ops.select_topk._triton_rows import find_request, first_places, search_and_write, write_short_row
 from nextn.ops.select_topk._triton_search import (
-    BEST_KEY,
-    WORST_KEY,
     bracket,
-    count_block,
     count_samples,
-    drop_surplus,
-    find_bin,
-    first_of,
-    keys_of,
     load_block,
     load_samples,
     refine,
     sample_block,
-    shift_for,
-    stage_block,
     value_of,
 )
-from nextn.ops.select_topk._triton_shared import MAX_BINS, MAX_STAGED, allocate, clear, no_counts, prefetch, read_staged
+from nextn.ops.select_topk._triton_shared import MAX_BINS, MAX_STAGED, allocate, clear, no_counts, prefetch
 from nextn.ops.select_topk.problem import SelectTopkProblem
 
 _BULK_COPY_ARCHES = frozenset({Arch.SM90, Arch.SM100, Arch.SM103, Arch.SM120})
-_INT32_MAX = tl.constexpr(0x7FFFFFFF)
-_MAX_PASSES = tl.constexpr(8)  # five are enough; bounds the loop whatever other programs leave in memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,40 +95,6 @@ class SelectTopkWorkspace:
     arrivals: torch.Tensor
 
 
-@triton.jit
-def _slots_of(positions, mask, table_row, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr):
-    """Positions, or their cache slots."""
-    if RETURNS_SLOTS:
-        pages = tl.load(table_row + positions // PAGE_SIZE, mask=mask, other=-1).to(tl.int64)
-        slots = pages * PAGE_SIZE + positions % PAGE_SIZE
-        return tl.where((pages >= 0) & (slots <= _INT32_MAX), slots, -1).to(tl.int32)
-    else:
-        return positions
-
-
-@triton.jit
-def _write_short_row(
-    out, visible_len, table_row, TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Every position of a row that sees at most TOPK, then -1."""
-    for start in tl.static_range(0, TOPK, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        slots = _slots_of(columns, columns < visible_len, table_row, PAGE_SIZE, RETURNS_SLOTS)
-        tl.store(out + columns, tl.where(columns < visible_len, slots, -1), mask=columns < TOPK)
-
-
-@triton.jit
-def _find_request(offsets_ptr, row, num_requests, BLOCK: tl.constexpr):
-    """The request of a row: how many requests end at or before it, in one load for up to BLOCK requests."""
-    num_ended = tl.zeros((), tl.int32)
-    for start in range(0, num_requests, BLOCK):
-        requests = start + tl.arange(0, BLOCK)
-        ends = tl.load(offsets_ptr + 1 + requests, mask=requests < num_requests, other=_INT32_MAX)
-        num_ended += tl.sum((ends <= row).to(tl.int32))
-    return tl.minimum(num_ended, num_requests - 1)
-
-
 @triton.jit(do_not_specialize=["num_rows"])  # 1 would become a constexpr, which has no .to
 def _select_topk_kernel(
     logits_ptr, visible_lens_ptr, offsets_ptr, table_ptr, out_ptr, pairs_ptr, counts_ptr, arrivals_ptr,
@@ -158,7 +114,7 @@ def _select_topk_kernel(
         out = out_ptr + row.to(tl.int64) * stride_out
         table_row = table_ptr
         if RETURNS_SLOTS:
-            table_row += _find_request(offsets_ptr, row, num_requests, 1024).to(tl.int64) * stride_table
+            table_row += find_request(offsets_ptr, row, num_requests, 1024).to(tl.int64) * stride_table
         if visible_len > TOPK:
             region = program * 0 + item - part if PARTS > 1 else program
             _select_row(
@@ -168,7 +124,7 @@ def _select_topk_kernel(
                 SAMPLES, LOG_BINS, TILES, WARPS,
             )  # fmt: skip
         elif part == 0:
-            _write_short_row(out, visible_len, table_row, TOPK, PAGE_SIZE, RETURNS_SLOTS, WARPS * 32)
+            write_short_row(out, visible_len, table_row, TOPK, PAGE_SIZE, RETURNS_SLOTS, WARPS * 32)
 
 
 @triton.jit
@@ -204,7 +160,7 @@ def _select_row(
         num_blocks = n * 0 + 1
         is_last = n > 0
         from_lists = n < 0
-        places = _places(0, live_tiles, TILES, WARPS)
+        places = first_places(0, live_tiles, TILES, WARPS)
         if IS_LONG:  # noqa: SIM102 - compiled away or not
             if n > CAPACITY:
                 num_listed = keep(
@@ -220,7 +176,7 @@ def _select_row(
                     if from_lists:
                         values, places, live_tiles = load_lists(pairs, sizes, LIST_LEN, PARTS, TILES, WARPS, BY_PTX)
         if is_last:
-            _search_and_write(
+            search_and_write(
                 logits, values, places, n, live_tiles, num_blocks, low, high, out, table_row, space, pairs, from_lists,
                 TOPK, PAGE_SIZE, RETURNS_SLOTS, BY_PTX, ALIGNED, IS_LONG, LOG_BINS, TILES, WARPS,
             )  # fmt: skip
@@ -245,106 +201,6 @@ def _bracket(
             first = high - ((1 << (32 - LOG_BINS)) - 1)
             high = refine(samples, space, first, rank_in_bin, LOG_BINS, SAMPLES, WARPS, BY_PTX)
     return low, high
-
-
-@triton.jit
-def _search_and_write(
-    logits, values, places, n, live_tiles, num_blocks, low, high, out, table_row, space, pairs, from_lists,
-    TOPK: tl.constexpr, PAGE_SIZE: tl.constexpr, RETURNS_SLOTS: tl.constexpr, BY_PTX: tl.constexpr,
-    ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """Write the TOPK best of what is in registers, or of ``num_blocks`` blocks of the row if that is more than 1."""
-    THREADS: tl.constexpr = WARPS * 32
-    keys = keys_of(values, 4 * TILES)
-    low, high, num_equal = _search(
-        logits, keys, n, live_tiles, num_blocks, low, high, space, TOPK, BY_PTX, ALIGNED, IS_LONG, LOG_BINS, TILES,
-        WARPS,
-    )  # fmt: skip
-    num_staged = n * 0
-    for block in range(num_blocks):
-        if IS_LONG:  # noqa: SIM102 - compiled away or not
-            if num_blocks > 1:
-                keys, live_tiles = _load_keys(logits, n, block, ALIGNED, TILES, WARPS, BY_PTX)
-                places = _places(block * (TILES * WARPS * 128), live_tiles, TILES, WARPS)
-        if num_equal >= 0:
-            keys, num_met = drop_surplus(keys, low, num_equal, live_tiles, TILES, WARPS)
-            num_equal = tl.maximum(num_equal - num_met, 0)
-        num_staged = stage_block(space, out, keys, places, high, num_staged, live_tiles, TILES, WARPS, BY_PTX)
-    tl.debug_barrier()
-    for first in tl.static_range(0, TOPK, THREADS):
-        rank = first + tl.arange(0, THREADS)
-        position = read_staged(space, out, rank, rank < TOPK, BY_PTX)
-        if IS_LONG:  # noqa: SIM102 - compiled away or not
-            if from_lists:
-                position = tl.load(pairs + 2 * position + 1, mask=rank < TOPK, other=0)
-        slots = _slots_of(position, rank < TOPK, table_row, PAGE_SIZE, RETURNS_SLOTS)
-        tl.store(out + rank, slots, mask=rank < TOPK)
-
-
-@triton.jit
-def _places(base, live_tiles, TILES: tl.constexpr, WARPS: tl.constexpr):
-    """Position of the first of each thread's four logits of every tile of the block that begins at ``base``."""
-    places = ()
-    for tile in tl.static_range(TILES):
-        places = places + (base + first_of(tile, live_tiles, WARPS),)  # noqa: RUF005
-    return places
-
-
-@triton.jit
-def _load_keys(logits, n, block, ALIGNED: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, BY_PTX: tl.constexpr):
-    """The keys of one block of a row, and the tiles they take."""
-    CAPACITY: tl.constexpr = TILES * WARPS * 128
-    block_len = tl.minimum(n - block * CAPACITY, CAPACITY)
-    live_tiles = tl.cdiv(block_len, WARPS * 128)
-    values = load_block(logits + block * CAPACITY, block_len, live_tiles, ALIGNED, TILES, WARPS, BY_PTX)
-    return keys_of(values, 4 * TILES), live_tiles
-
-
-@triton.jit
-def _search(
-    logits, keys, n, live_tiles, num_blocks, low, high, space, TOPK: tl.constexpr, BY_PTX: tl.constexpr,
-    ALIGNED: tl.constexpr, IS_LONG: tl.constexpr, LOG_BINS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
-):  # fmt: skip
-    """The last key that passes, as ``high``.
-
-    Returns:
-        low: if not all keys equal to ``high`` pass, the same key.
-        high: see above.
-        num_equal: how many keys equal to it pass, the first ones; -1 if all do.
-    """
-    want = n * 0 + TOPK
-    num_equal = n * 0
-    num_passes = n * 0
-    searching = n > 0
-    while searching:
-        width = (high - low).to(tl.uint32, bitcast=True)
-        shift = shift_for(width, LOG_BINS)
-        counts = no_counts(space, 1 << LOG_BINS, BY_PTX)
-        below = tl.zeros((WARPS, 32), tl.int32)
-        for block in range(num_blocks):
-            if IS_LONG:  # noqa: SIM102 - compiled away or not
-                if num_blocks > 1:
-                    keys, live_tiles = _load_keys(logits, n, block, ALIGNED, TILES, WARPS, BY_PTX)
-            counts, below = count_block(counts, below, keys, live_tiles, low, width, shift, LOG_BINS, TILES, BY_PTX)
-        num_above, found, bin_index, num_before, is_whole = find_bin(
-            counts, below, space, want, LOG_BINS, WARPS * 32, BY_PTX
-        )
-        if found:
-            offset = bin_index << shift
-            span = tl.minimum(((1 << shift) - 1).to(tl.uint32), width - offset.to(tl.uint32))
-            low += offset
-            high = low + span.to(tl.int32)
-            num_equal = tl.where(is_whole > 0, -1, want - num_above - num_before)
-            searching = (is_whole == 0) & (shift > 0)
-        elif num_above >= want:
-            high = low - 1
-            low = n * 0 + BEST_KEY
-        else:
-            low = high + 1
-            high = n * 0 + WORST_KEY
-        num_passes += 1
-        searching = searching & (num_passes < _MAX_PASSES)
-    return low, high, num_equal
 
 
 def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
