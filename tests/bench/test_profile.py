@@ -58,7 +58,7 @@ def test_a_process_that_fails_gives_one_row_that_says_how(monkeypatch, tmp_path)
     tool.write_text("#!/bin/sh\necho '==ERROR== no permission'\nexit 9\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    [row] = run_profiler("select_topk", "", None, 20.0)
+    [row] = run_profiler("select_topk", "", "", None, 20.0)
     assert not row["passed"]
     assert row["note"] == "exit code 9: ==ERROR== no permission"
 

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{run_cases(options['op'], options['only'])} launches")
         return 0
     if stage == "run-shapes":
-        print(f"{run_shapes(options['op'], options['only'], options['peers_dir'])} launches")
+        print(f"{run_shapes(options['op'], options['only'], options['kernel'], options['peers_dir'])} launches")
         return 0
     kind, function, columns = _STAGES[stage]
     try:
@@ -123,6 +123,7 @@ def _make_parser() -> argparse.ArgumentParser:
     sanitize.add_argument("--only", help="kernels whose name contains this")
     profile = stages.add_parser("profile", parents=[shared, on_ops], help="every kernel's counters, by ncu")
     profile.add_argument("--only", help="shapes whose name contains this")
+    profile.add_argument("--kernel", help="kernels whose name contains this")
     profile.add_argument("--peers-dir", type=Path, help="folder with deep_gemm, flash_mla or vLLM's library")
     tune = stages.add_parser("tune", parents=[shared], help="one kernel under other configurations, side by side")
     tune.add_argument("--op", required=True, choices=OPS)
@@ -138,6 +139,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "run-cases", parents=[watched], help="launch every kernel of an op once per case, for a sanitizer"
     )
     shapes = stages.add_parser("run-shapes", parents=[watched], help="the same once per shape, for a profiler")
+    shapes.add_argument("--kernel", default="")
     shapes.add_argument("--peers-dir", type=Path)
     return parser
 

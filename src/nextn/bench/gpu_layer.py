@@ -16,9 +16,8 @@ import torch
 
 from nextn.backend import DSABackend, LayerCache
 from nextn.batch import ForwardBatch, ForwardMode
-from nextn.bench.rows import print_rows
+from nextn.bench.rows import describe_run, print_rows
 from nextn.cache_format import LATENT_DIM, ROPE_DIM, IndexCacheFormat, LatentCacheFormat
-from nextn.hardware import describe_device
 from nextn.plan import DSASpec
 
 PAGE = 64
@@ -245,11 +244,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="file the rows are appended to as well")
+    parser.add_argument("--commit", help="the commit these files are of, where git cannot say")
     arguments = parser.parse_args(argv)
-    device = describe_device(arguments.device)
+    run = describe_run(torch.device(arguments.device), arguments.commit)
     return print_rows(
         (
-            {"scenario": number, "gpu": device.name, **row}
+            {**run, "scenario": number, **row}
             for number, scenario in enumerate(list_scenarios())
             for row in check(scenario, arguments.device)
         ),

@@ -70,6 +70,7 @@ class ProfileOptions:
     Attributes:
         ops: ops to run; all that the grid has if empty.
         only: shapes whose name contains this.
+        kernel: kernels whose name contains this.
         out: folder whose ``gpu_profile.jsonl`` is appended to, and what stands there of this commit not run again.
         peers_dir: folder with further peers, whose kernels are profiled too.
         commit: the commit these files are of, where git cannot say.
@@ -78,6 +79,7 @@ class ProfileOptions:
 
     ops: tuple[str, ...] = ()
     only: str = ""
+    kernel: str = ""
     out: Path | None = None
     peers_dir: Path | None = None
     commit: str | None = None
@@ -110,26 +112,26 @@ def profile_ops(options: ProfileOptions, *, on_row: Callable[[Row], None] | None
     deadline = time.monotonic() + options.seconds
 
     def measure(op: str) -> list[Row]:
-        found = run_profiler(op, options.only, options.peers_dir, deadline - time.monotonic())
-        return [{"op": op, "shapes": options.only, **row} for row in found]
+        found = run_profiler(op, options.only, options.kernel, options.peers_dir, deadline - time.monotonic())
+        return [{"op": op, "shapes": options.only, "kernels": options.kernel, **row} for row in found]
 
     return collect_rows(
-        [((op, options.only, True), op) for op in options.ops or listed],
+        [((op, options.only, options.kernel, True), op) for op in options.ops or listed],
         measure,
         run={"stage": "profile", **describe_run(device, options.commit)},
-        keys=("op", "shapes", "passed"),
+        keys=("op", "shapes", "kernels", "passed"),
         file=options.out / FILE_NAME if options.out else None,
         seconds=options.seconds - _LEAST_SECONDS,
         on_row=on_row,
     )
 
 
-def run_profiler(op: str, only: str, peers_dir: Path | None, seconds: float) -> list[Row]:
+def run_profiler(op: str, only: str, kernel: str, peers_dir: Path | None, seconds: float) -> list[Row]:
     """Profile one op's shapes in one process; if it fails, a single row says how."""
     command = ["timeout", "--kill-after=5", f"{seconds:.0f}", _TOOL, "--profile-from-start", "off"]
     command += ["--clock-control", "none", "--print-units", "base", "--page", "raw", "--csv"]
     command += [word for section in _SECTIONS for word in ("--section", section)]
-    command += [sys.executable, "-m", "nextn.bench", "run-shapes", "--op", op, "--only", only]
+    command += [sys.executable, "-m", "nextn.bench", "run-shapes", "--op", op, "--only", only, "--kernel", kernel]
     command += [] if peers_dir is None else ["--peers-dir", str(peers_dir)]
     done = subprocess.run(command, capture_output=True, text=True)
     rows = list(read_counters(done.stdout))
@@ -139,8 +141,8 @@ def run_profiler(op: str, only: str, peers_dir: Path | None, seconds: float) -> 
     return [{"shape": "", "kernel": "", "passed": False, "note": f"exit code {done.returncode}: {last[0][:200]}"}]
 
 
-def run_shapes(op: str, only: str = "", peers_dir: Path | None = None) -> int:
-    """Launch every kernel of an op at every shape of the grid, once unseen and once seen by a profiler."""
+def run_shapes(op: str, only: str = "", kernel: str = "", peers_dir: Path | None = None) -> int:
+    """Launch the kernels of an op at the shapes of the grid, each once unseen and once seen by a profiler."""
     device, launches = torch.device("cuda"), 0
     if peers_dir is not None:
         add_peers_folder(peers_dir)
@@ -149,7 +151,7 @@ def run_shapes(op: str, only: str = "", peers_dir: Path | None = None) -> int:
             continue
         workload = make_workload(shape, device)
         for candidate in (*our_candidates(workload)[0], *peer_candidates(workload)[0]):
-            if candidate.kind == "reference":
+            if candidate.kind == "reference" or kernel not in candidate.name:
                 continue
             launch = candidate.build()
             launch()  # compiles

@@ -517,5 +517,6 @@ KERNEL = Kernel(
     prepare=prepare,
     rank=_rank,
     plan=plan,
+    configure=configure,
     form=lambda problem: "one program per row, candidates in shared memory",
 )
