@@ -211,3 +211,25 @@ def test_logits_stay_in_registers_and_are_read_by_vectors(num_rows, num_columns)
     assert binary.shared_bytes <= 1024, "static shared memory leaves no more of 48 KB"
     assert binary.stack_bytes <= 160, "logits were spilled"
     assert binary.assembly.count("@p ld.global.v4.b32") >= triton_cuda.configure(problem).tiles
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.skipif(IS_INTERPRETING, reason="needs Triton's compiler")
+@pytest.mark.parametrize("num_columns", [7, 301, 12345, 32767])
+@pytest.mark.parametrize("num_rows", [2, 300])
+def test_unaligned_rows_stay_within_the_shared_memory_that_needs_no_asking(num_rows, num_columns):
+    from nextn.ops.select_topk._triton_pool import NUM_BYTES
+    from nextn.testing.compile_gate import compile_launch
+
+    problem = make_problem(num_rows, num_columns, topk=37)
+    launch = KERNEL.prepare(
+        problem,
+        logits=torch.empty(num_rows, num_columns, device="meta"),
+        visible_lens=torch.empty(num_rows, dtype=torch.int32, device="meta"),
+        query_offsets=None,
+        page_table=None,
+        out=torch.empty(num_rows, problem.topk, dtype=torch.int32, device="meta"),
+    )
+    # Static and dynamic together: Triton asks for more than 48 KB by the dynamic part alone.
+    assert NUM_BYTES + compile_launch(launch, Arch.SM90).shared_bytes <= 48 * 1024
