@@ -118,7 +118,7 @@ def assert_as_defined(schedule: schedules.WorkSchedule, offsets: list[int], lens
         start_jump=schedules.START_JUMP.value,
     )
     assert [tuple(group) for group in schedule.groups[: len(groups)].tolist()] == groups
-    shares = share_out(groups, num_programs=schedule.num_programs, tile_costs=schedules.TILE_COSTS)
+    shares = share_out(groups, num_programs=schedule.num_programs, tile_costs=schedule.tile_costs)
     wanted = [(*share, *(groups[share[0]] if share[0] < len(groups) else (0,) * 4)) for share in shares]
     assert [tuple(record) for record in schedule.programs[:, :6].tolist()] == wanted
 

@@ -298,7 +298,7 @@ def compare_plan(metadata: DSAMetadata) -> str:
         )
         if [tuple(group) for group in data.groups[: len(groups)].tolist()] != groups:
             return "FAIL: groups differ"
-        shares = share_out(groups, num_programs=data.num_programs, tile_costs=schedules.TILE_COSTS)
+        shares = share_out(groups, num_programs=data.num_programs, tile_costs=data.tile_costs)
         if [tuple(record) for record in data.programs[:, :2].tolist()] != shares:
             return "FAIL: shares differ"
     return ""

@@ -5,10 +5,8 @@ Hides which batches and configurations are tried. Every time is printed after it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +15,7 @@ from nextn.backend import DSABackend
 from nextn.batch import ForwardBatch, ForwardMode
 from nextn.bench.gpu_plan import DEVICE, SPEC, compare_plan, make_forward
 from nextn.ops import _triton_rows
-from nextn.ops.index_logits import _triton_schedule, triton_portable
+from nextn.ops.index_logits import _triton_schedule
 from nextn.plan import DSAMetadata
 from nextn.testing.numerics import MAX_ERROR, compare_rows
 
@@ -43,12 +41,6 @@ class _Variant:
 VARIANTS = (
     _Variant(blocks=256, programs=256, warps=8),
     _Variant(blocks=1024, programs=512, warps=16),
-)
-# Fields of the score kernel's Config tried over contiguous keys, beside its own choice.
-CONFIGS: tuple[dict[str, Any], ...] = (
-    {},
-    {"key_tiles": 4},
-    {"tile": 128, "key_tiles": 4, "num_warps": 8, "programs_per_sm": 1, "max_registers": 255},
 )
 
 
@@ -80,7 +72,7 @@ def time_plans() -> None:
 
 
 def time_contiguous() -> None:
-    """Scores of a prompt's last chunk over contiguous keys, one line per size and configuration."""
+    """Scores of a prompt's last chunk over contiguous keys, one line per size."""
     for rows, num_keys, heads in ((4096, 8192, 64), (1024, 131072, 64)):
         values = torch.randn(num_keys, 128, device=DEVICE).to(torch.float8_e4m3fn)
         q = torch.randn(rows, heads, 128, device=DEVICE).to(torch.float8_e4m3fn)
@@ -97,25 +89,12 @@ def time_contiguous() -> None:
         def run(given: tuple[torch.Tensor, ...] = given, out: torch.Tensor = out) -> None:
             ops.contiguous_index_logits(*given, out=out)
 
-        for fields in CONFIGS:
-            with _configured(fields):
-                out.zero_()
-                run()
-                error = compare_rows(out[row : row + 1], wanted[None]).max_error
-                cold, _ = (0.0, 0.0) if error > MAX_ERROR else _time_graph(run, repeats=10)
-            time = f"FAIL: error {error:.1e}" if error > MAX_ERROR else f"{cold:.0f} us, floor {floor:.0f}"
-            print(f"contiguous {rows} rows x {num_keys} keys x {heads} heads: {time}  {fields}", flush=True)
-
-
-@contextmanager
-def _configured(fields: dict[str, Any]) -> Iterator[None]:
-    """Have the score kernel cut with these fields in place of its own choice."""
-    chosen = triton_portable.choose_config
-    triton_portable.choose_config = lambda problem: replace(chosen(problem), **fields)
-    try:
-        yield
-    finally:
-        triton_portable.choose_config = chosen
+        out.zero_()
+        run()
+        error = compare_rows(out[row : row + 1], wanted[None]).max_error
+        cold, _ = (0.0, 0.0) if error > MAX_ERROR else _time_graph(run, repeats=10)
+        time = f"FAIL: error {error:.1e}" if error > MAX_ERROR else f"{cold:.0f} us, floor {floor:.0f}"
+        print(f"contiguous {rows} rows x {num_keys} keys x {heads} heads: {time}", flush=True)
 
 
 def _count_kernels(run: Callable[[], object]) -> list[str]:

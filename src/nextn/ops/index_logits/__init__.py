@@ -45,7 +45,7 @@ def index_logits(
         page_table: int32 ``[B, P]``, unit stride along a row; page ids in order of position.
         max_context: columns of the result, at most ``P * page_size``.
         out: float32 or bfloat16 ``[R, max_context]`` to write into; rows may be further apart. Made if None.
-        plan: the choice and schedule of this forward; chosen here if None.
+        plan: the choice and schedule of this forward, made of the same lengths and page table; chosen here if None.
 
     Returns:
         ``out``, or a new float32 ``[R, max_context]``, whose rows may be further apart.

@@ -47,12 +47,14 @@ class WorkSchedule:
         groups: int32 ``[max_groups, 4]``: first row, rows, request, tiles; groups without a tile are left out.
         rows_per_group: the most rows of one group.
         num_programs: programs the work is cut for.
+        tile_costs: time of a tile of a group of 1, 2, ... rows, in any unit; at least ``rows_per_group`` of them.
     """
 
     programs: torch.Tensor
     groups: torch.Tensor
     rows_per_group: int
     num_programs: int
+    tile_costs: tuple[int, ...]
 
 
 @triton.jit
@@ -256,13 +258,22 @@ def _fill_schedule_kernel(
         )  # fmt: skip
 
 
-def allocate_schedule(device: torch.device, *, max_groups: int, rows_per_group: int, num_programs: int) -> WorkSchedule:
-    """An unfilled work list for any batch of these sizes."""
+def allocate_schedule(
+    device: torch.device,
+    *,
+    max_groups: int,
+    rows_per_group: int,
+    num_programs: int,
+    tile_costs: tuple[int, ...] = TILE_COSTS,
+) -> WorkSchedule:
+    """An unfilled work list for any batch of these sizes; see :class:`WorkSchedule` for the sizes."""
+    assert len(tile_costs) >= rows_per_group, "a group of any size needs the cost of its tiles"
     return WorkSchedule(
         programs=torch.empty(num_programs + 1, RECORD, dtype=torch.int32, device=device),
         groups=torch.empty(max(max_groups, 1), GROUP_RECORD, dtype=torch.int32, device=device),
         rows_per_group=rows_per_group,
         num_programs=num_programs,
+        tile_costs=tile_costs,
     )
 
 
@@ -275,7 +286,6 @@ def describe_fill(
     tile: int,
     row_starts: torch.Tensor | None = None,
     has_one_group_each: bool = False,
-    tile_costs: tuple[int, ...] = TILE_COSTS,
     page_table: torch.Tensor | None = None,
 ) -> tuple[Launch, ...]:
     """The launches that fill ``schedule`` for a batch, in order: one.
@@ -289,10 +299,8 @@ def describe_fill(
         row_starts: int32 ``[R]``, the first of the contiguous keys each row sees. Groups then begin every
             ``rows_per_group`` rows and wherever the start jumps by more than 256, and their tiles at their least start.
         has_one_group_each: whether no request has more rows than a group; its rows beyond that are not scored.
-        tile_costs: time of a tile of a group of 1, 2, ... rows, in any unit; at least ``rows_per_group`` of them.
         page_table: int32 ``[B, P]`` of pages as long as a tile, to note the first page of each share; else none is.
     """
-    assert len(tile_costs) >= schedule.rows_per_group, "a group of any size needs the cost of its tiles"
     max_groups = schedule.groups.shape[0]
     num_requests, num_rows = query_offsets.shape[0] - 1, visible_lens.shape[0]
     listed_by = "span" if row_starts is not None else "request" if has_one_group_each else "row"
@@ -318,7 +326,7 @@ def describe_fill(
             "group_steps": max_groups.bit_length(),
             "ROWS_PER_GROUP": schedule.rows_per_group,
             "TILE": tile,
-            "COSTS": tile_costs,
+            "COSTS": schedule.tile_costs,
             "LISTED_BY": listed_by,
             "HAS_TABLE": page_table is not None,
             "BLOCK": block,

@@ -326,9 +326,8 @@ _RANK = 25  # between DeepGEMM's native calls and the portable kernel
 def rank(problem: IndexLogitsProblem) -> int:
     """Preference, by what was timed side by side with 64 heads on an H100 (benchmarks/results/ops.jsonl).
 
-    One row over at most 2048 tiles: the portable kernel starts faster (7.0 us against 7.6 at 1 x 8192). Four rows over
-    32768 tiles: 135 us, DeepGEMM's native call 142; over 8192 tiles 42 to 43, and 41 to 42; so they meet near 12000.
-    DeepGEMM's times are of another run, in which this kernel's were 138 and 44 to 46.
+    One row over at most 2048 tiles: the portable kernel starts faster (8.4 us against 9.1 at 1 x 8192). Four rows over
+    32768 tiles: 136 us, DeepGEMM's native call 144; over 8192 tiles 43 to 45, and 42 to 43; so they meet near 12000.
     In deterministic mode one kernel serves every depth.
     """
     num_tiles = problem.num_requests * triton.cdiv(problem.max_context, _PAGE)
@@ -381,6 +380,7 @@ def build_schedule(
         max_groups=_max_groups(problem),
         rows_per_group=_rows_per_group(problem),
         num_programs=min(problem.num_sms, most_tiles),
+        tile_costs=_TILE_COSTS,
     )
     if schedule.num_programs and visible_lens.device.type != "meta":
         launches = describe_fill(
@@ -391,7 +391,6 @@ def build_schedule(
             tile=_PAGE,
             row_starts=row_starts,
             has_one_group_each=row_starts is None and problem.max_rows <= schedule.rows_per_group,
-            tile_costs=_TILE_COSTS,
             page_table=page_table if row_starts is None else None,
         )
         for launch in launches:

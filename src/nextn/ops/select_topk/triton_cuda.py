@@ -429,8 +429,9 @@ def _select_in_blocks(
 def configure(problem: SelectTopkProblem) -> SelectTopkStreamConfig:
     """The configuration for a problem.
 
-    Microseconds on an H100, cold, before logits were marked as they came: 256 rows of 32K take 26 with 16 warps and 29
-    with 8, 512 of 16K 32 and 29; 64 of 32K take 15.9 with 16 warps and 14.6 with 32.
+    Times of these choices stand in benchmarks/results/ops.jsonl. Numbers of warps were compared before logits were
+    marked as they came: 256 rows of 32K took 26 us with 16 warps and 29 with 8, 512 of 16K 32 and 29; 64 of 32K took
+    15.9 with 16 warps and 14.6 with 32 (an H100, cold).
     """
     if problem.num_rows <= problem.num_sms:
         return SelectTopkStreamConfig(num_warps=32)  # a program has a multiprocessor to itself
@@ -502,7 +503,11 @@ def _visible_columns(problem: SelectTopkProblem) -> int:
 
 
 def _rank(problem: SelectTopkProblem) -> int:
-    """Above the portable kernel where it was faster: short rows fit that one's registers, few long ones it splits."""
+    """Above the portable kernel where it was faster: short rows fit that one's registers, few long ones it splits.
+
+    On an H100 (benchmarks/results/ops.jsonl): 30 us against 44 at 256 x 32K, 15.6 against 16.6 at 16 x 64K, 16.4
+    against 15.4 at 256 x 8K.
+    """
     columns = _visible_columns(problem)
     if columns <= 16384:
         return 30 if columns > 8192 and problem.num_rows > 2 * problem.num_sms else 10

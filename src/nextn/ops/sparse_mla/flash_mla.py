@@ -26,6 +26,7 @@ from nextn.ops.sparse_mla.problem import SparseMlaProblem
 _MODULE = "flash_mla"
 _HEADS = (64, 128)
 _INDEX_BLOCK = 64  # its tiles of slots
+_FEW_ROWS = 16  # up to which the Gluon kernel starts faster; 4 and 64 were timed
 
 
 def find_library() -> ModuleType | str:
@@ -91,10 +92,10 @@ def prepare(
 def rank(problem: SparseMlaProblem) -> int:
     """Preference, by what was timed side by side on an H100 (benchmarks/results/ops.jsonl).
 
-    At 128 heads it takes 98 to 361 us where the Gluon kernel takes 112 to 414; at 64 heads 227 and 243 against 215 and
-    236, its slots checked and its lse converted in both.
+    At 128 heads and from 64 rows on it takes 97 to 361 us where the Gluon kernel takes 106 to 400; 4 rows take 27.2 and
+    23.9; at 64 heads 228 and 244 against 206 and 228, its slots checked and its lse converted in all.
     """
-    return 50 if problem.heads == 128 else 35
+    return 50 if problem.heads == 128 and problem.num_rows > _FEW_ROWS else 35
 
 
 def _run(
