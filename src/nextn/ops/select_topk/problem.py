@@ -36,6 +36,15 @@ class SelectTopkProblem:
     page_size: int = 64
     max_pages: int = 0
 
+    @property
+    def visible_columns(self) -> int:
+        """The most positions a row can see."""
+        return min(self.num_columns, self.max_pages * self.page_size) if self.returns_slots else self.num_columns
+
+    def has_aligned_fours(self, logits: torch.Tensor) -> bool:
+        """Whether every group of four logits lies whole inside its row's storage, on 16 bytes."""
+        return self.num_columns % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0
+
 
 def problem_of(
     device: DeviceInfo,

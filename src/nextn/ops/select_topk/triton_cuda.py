@@ -435,7 +435,7 @@ def configure(problem: SelectTopkProblem) -> SelectTopkStreamConfig:
     """
     if problem.num_rows <= problem.num_sms:
         return SelectTopkStreamConfig(num_warps=32)  # a program has a multiprocessor to itself
-    return SelectTopkStreamConfig(num_warps=8 if _visible_columns(problem) <= 16384 else 16)
+    return SelectTopkStreamConfig(num_warps=8 if problem.visible_columns <= 16384 else 16)
 
 
 def rejects(problem: SelectTopkProblem) -> str | None:
@@ -444,8 +444,8 @@ def rejects(problem: SelectTopkProblem) -> str | None:
         return "Triton's interpreter does not run PTX"
     if problem.topk > MAX_STAGED:
         return f"k {problem.topk} is above {MAX_STAGED}, more than its shared memory holds"
-    if _visible_columns(problem) > MAX_POSITIONS:
-        return f"rows see up to {_visible_columns(problem)} columns; it has bits for {MAX_POSITIONS}"
+    if problem.visible_columns > MAX_POSITIONS:
+        return f"rows see up to {problem.visible_columns} columns; it has bits for {MAX_POSITIONS}"
     return None
 
 
@@ -468,8 +468,7 @@ def prepare(
 ) -> Launch:
     """Describe the call; tensors as in ``select_topk``."""
     config = plan.data if plan is not None and plan.data is not None else configure(problem)
-    columns = _visible_columns(problem)
-    aligned = problem.num_columns % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0
+    columns = problem.visible_columns
     arguments: dict[str, Any] = {
         "logits_ptr": logits,
         "visible_lens_ptr": visible_lens,
@@ -484,7 +483,7 @@ def prepare(
         "TOPK": problem.topk,
         "PAGE_SIZE": problem.page_size,
         "RETURNS_SLOTS": problem.returns_slots,
-        "ALIGNED": aligned,
+        "ALIGNED": problem.has_aligned_fours(logits),
         "TILES": config.tiles,
         "NUM_WORDS": max(1, -(-columns // (config.num_warps * 1024))),
         "WARPS": config.num_warps,
@@ -495,20 +494,13 @@ def prepare(
     return Launch(function=_select_topk_stream_kernel, arguments=arguments, grid=(problem.num_rows,), options=options)
 
 
-def _visible_columns(problem: SelectTopkProblem) -> int:
-    """The most positions a row can see."""
-    if problem.returns_slots:
-        return min(problem.num_columns, problem.max_pages * problem.page_size)
-    return problem.num_columns
-
-
 def _rank(problem: SelectTopkProblem) -> int:
     """Above the portable kernel where it was faster: short rows fit that one's registers, few long ones it splits.
 
     On an H100 (benchmarks/results/ops.jsonl): 30 us against 44 at 256 x 32K, 15.6 against 16.6 at 16 x 64K, 16.4
     against 15.4 at 256 x 8K.
     """
-    columns = _visible_columns(problem)
+    columns = problem.visible_columns
     if columns <= 16384:
         return 30 if columns > 8192 and problem.num_rows > 2 * problem.num_sms else 10
     return 30 if columns <= 32768 or problem.num_rows >= 16 else 10

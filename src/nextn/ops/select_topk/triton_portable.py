@@ -208,7 +208,7 @@ def configure(problem: SelectTopkProblem) -> SelectTopkConfig:
 
     What the configurations chosen here take stands in benchmarks/results/ops.jsonl.
     """
-    columns = _visible_columns(problem)
+    columns = problem.visible_columns
     registers = 64 if problem.num_rows > problem.num_sms else None  # two programs to a multiprocessor
     if columns <= 8192:
         return SelectTopkConfig(bins=2048, max_registers=registers)
@@ -292,7 +292,7 @@ def prepare(
         "arrivals_ptr": workspace.arrivals,
         "num_rows": problem.num_rows,
         "num_requests": 0 if page_table is None else page_table.shape[0],
-        "max_len": _visible_columns(problem),
+        "max_len": problem.visible_columns,
         "stride_logits": logits.stride(0),
         "stride_table": 0 if page_table is None else page_table.stride(0),
         "stride_out": out.stride(0),
@@ -300,8 +300,8 @@ def prepare(
         "PAGE_SIZE": problem.page_size,
         "RETURNS_SLOTS": problem.returns_slots,
         "BY_PTX": problem.arch.is_cuda and isinstance(_select_topk_kernel, triton.JITFunction),
-        "PREFETCHES": config.prefetches and _is_aligned(problem, logits),
-        "ALIGNED": _is_aligned(problem, logits),
+        "PREFETCHES": config.prefetches and problem.has_aligned_fours(logits),
+        "ALIGNED": problem.has_aligned_fours(logits),
         "IS_LONG": _is_long(problem, config),
         "PARTS": config.parts if _is_long(problem, config) else 1,
         "PART_LEN": config.part_len,
@@ -337,15 +337,8 @@ def describe(problem: SelectTopkProblem) -> str:
     return f"one program per row, in blocks of {config.capacity} columns"
 
 
-def _visible_columns(problem: SelectTopkProblem) -> int:
-    """The most positions a row can see."""
-    if problem.returns_slots:
-        return min(problem.num_columns, problem.max_pages * problem.page_size)
-    return problem.num_columns
-
-
 def _is_long(problem: SelectTopkProblem, config: SelectTopkConfig) -> bool:
-    return _visible_columns(problem) > config.capacity
+    return problem.visible_columns > config.capacity
 
 
 def _num_programs(problem: SelectTopkProblem, config: SelectTopkConfig) -> int:
@@ -354,11 +347,6 @@ def _num_programs(problem: SelectTopkProblem, config: SelectTopkConfig) -> int:
         return problem.num_rows
     num_items = problem.num_rows * config.parts
     return num_items if config.parts > 1 else min(num_items, problem.num_sms * config.programs_per_sm)
-
-
-def _is_aligned(problem: SelectTopkProblem, logits: torch.Tensor) -> bool:
-    """Whether every group of four logits lies whole inside its row's storage, 16-byte aligned."""
-    return problem.num_columns % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0
 
 
 KERNEL = Kernel(
