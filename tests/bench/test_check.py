@@ -174,6 +174,22 @@ def test_the_summary_of_a_race_check_is_kept():
     assert read_summary(output, 0) == "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings); 24 launches"
 
 
+def test_a_case_that_fails_under_the_sanitizer_is_named_and_keeps_no_other_from_being_seen(monkeypatch):
+    def prepare(problem, **arguments):
+        if problem.topk == 1:
+            raise RuntimeError("invalid argument")
+        return lambda: seen.append(problem.topk)
+
+    seen: list[int] = []
+    broken = dataclasses.replace(spoilt_kernel("select_topk", lambda call: None), prepare=prepare, plan=None)
+    monkeypatch.setattr(sanitize, "discover", lambda op: (broken,))
+    launches, [failure] = sanitize.run_cases("select_topk", device_name="cpu")
+    assert failure.endswith("on k_1: RuntimeError: invalid argument")
+    assert launches == len(seen) > 10
+    output = f"failed: {failure}\n{launches} launches, 1 failed\n========= ERROR SUMMARY: 0 errors\n"
+    assert read_summary(output, 1) == f"{failure}; ERROR SUMMARY: 0 errors; {launches} launches, 1 failed"
+
+
 def test_where_a_race_was_found_is_kept():
     output = (
         "========= Error: Race reported between Write access at kernel+0xf0 in kernel.py:17\n"

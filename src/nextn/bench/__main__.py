@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(_make_parser().parse_args(arguments))
     stage, as_json, plot = options.pop("stage"), options.pop("json", False), options.pop("plot", None)
     if stage == "run-cases":
-        print(f"{run_cases(options['op'], options['only'])} launches")
-        return 0
+        launches, failures = run_cases(options["op"], options["only"])
+        print("".join(f"failed: {failure}\n" for failure in failures) + f"{launches} launches, {len(failures)} failed")
+        return 1 if failures else 0
     if stage == "run-shapes":
         print(f"{run_shapes(options['op'], options['only'], options['kernel'], options['peers_dir'])} launches")
         return 0

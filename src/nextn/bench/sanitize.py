@@ -113,24 +113,35 @@ def read_summary(output: str, exit_code: int) -> str:
         line for line in re.findall(r"^========= (\w+ SUMMARY:.*)$", output, re.MULTILINE) if "not printed" not in line
     ]
     ran = re.findall(r"^(\d+ launches.*)$", output, re.MULTILINE)
-    parts = [*(" ".join(complaint) for complaint in complaints[:1]), *summary[:1], *ran[-1:]]
+    failed = re.findall(r"^failed: (.*)$", output, re.MULTILINE)
+    parts = [*(" ".join(complaint) for complaint in complaints[:1]), *failed[:1], *summary[:1], *ran[-1:]]
     return "; ".join(parts) or f"exit code {exit_code}: {(output.strip().splitlines() or ['no output'])[-1][:200]}"
 
 
-def run_cases(op: str, only: str = "") -> int:
-    """Launch every kernel of ours but the reference once on each case it takes; returns the number of launches.
+def run_cases(op: str, only: str = "", device_name: str = "cuda") -> tuple[int, list[str]]:
+    """Launch every kernel of ours but the reference once on each case it takes.
 
     Other people's libraries are left out unless ``only`` is their kernel's name: what a tool finds in them is theirs.
+
+    Returns:
+        The number of launches, and what failed how; a case that fails keeps no other from being seen.
     """
-    device = torch.device("cuda")
-    hardware, launches = describe_device(device), 0
+    device = torch.device(device_name)
+    hardware, launches, failures = describe_device(device), 0, []
     for kernel in discover(op):
         is_left_out = kernel.name == "reference" or (kernel.allocates_output and kernel.name != only)
         if is_left_out or only not in kernel.name or hardware.arch not in kernel.arches:
             continue
         for case in op_calls.list_cases(op):
-            if kernel.rejects(case.problem(hardware)) is None:
+            if kernel.rejects(case.problem(hardware)) is not None:
+                continue
+            try:
                 op_calls.call_of_case(op, case, device).launcher(kernel)()
-                torch.cuda.synchronize()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 launches += 1
-    return launches
+            except Exception as error:  # a kernel may fail in any way
+                failures.append(
+                    " ".join(f"{kernel.name} on {case.name}: {type(error).__name__}: {error}".split())[:300]
+                )
+    return launches, failures
