@@ -16,7 +16,7 @@ import torch
 from nextn.bench.op_calls import Verdict
 from nextn.bench.peers import add_peers_folder, peer_candidates
 from nextn.bench.rows import Row, collect_rows, describe_run, open_device, read_clocks
-from nextn.bench.shapes import GRIDS, list_shapes
+from nextn.bench.shapes import choose_shapes
 from nextn.bench.workloads import Candidate, make_workload, our_candidates
 from nextn.errors import InputError
 from nextn.ops._kernel import OPS, choose
@@ -80,9 +80,7 @@ def bench_ops(options: OpsOptions, *, on_row: Callable[[Row], None] | None = Non
     device = open_device(options.device, instead="try it with --device cpu, which times the references")
     if options.peers_dir is not None:
         add_peers_folder(options.peers_dir)
-    run = describe_run(device, options.commit)
-    clock = make_clock(device)
-    run["overhead_us"] = round(measure_overhead(clock), 2)
+    run, clock = open_clock(device, options.commit)
     return collect_rows(
         [((shape.op, shape.name), shape) for shape in shapes],
         lambda shape: bench_shape(shape, device, clock, rounds=options.rounds),
@@ -92,6 +90,12 @@ def bench_ops(options: OpsOptions, *, on_row: Callable[[Row], None] | None = Non
         seconds=options.seconds,
         on_row=on_row,
     )
+
+
+def open_clock(device: torch.device, commit: str | None) -> tuple[Row, Clock]:
+    """What the rows of one timed run have in common, overhead_us among it, and the device's clock."""
+    clock = make_clock(device)
+    return {**describe_run(device, commit), "overhead_us": round(measure_overhead(clock), 2)}, clock
 
 
 def bench_shape(shape: Any, device: torch.device, clock: Clock, *, rounds: int) -> Iterator[Row]:
@@ -155,13 +159,7 @@ def _choose_shapes(options: OpsOptions) -> Sequence[Any]:
     if unknown:
         raise InputError(f"unknown ops {unknown}; use some of {list(OPS)}")
     grid = options.grid or ("small" if options.device == "cpu" else "targets")
-    if grid not in GRIDS:
-        raise InputError(f"unknown grid {grid!r}; use one of {list(GRIDS)}")
-    shapes = list_shapes(grid, options.ops or OPS)
-    chosen = [shape for shape in shapes if options.only in shape.name]
-    if not chosen:
-        raise InputError(f"no shape of grid {grid} contains {options.only!r}; one is called {shapes[0].name!r}")
-    return chosen
+    return choose_shapes(grid, options.ops or OPS, options.only)
 
 
 def check_candidate(candidate: Candidate, clock: Clock) -> Checked:

@@ -10,8 +10,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import torch
 from nextn.bench.peers import add_peers_folder, peer_candidates
 from nextn.bench.rows import Row, collect_rows, describe_run, open_device
 from nextn.bench.shapes import list_shapes
+from nextn.bench.watched import last_line, run_watched
 from nextn.bench.workloads import make_workload, our_candidates
 from nextn.errors import InputError, UnsupportedError
 from nextn.ops._kernel import OPS
@@ -128,17 +127,16 @@ def profile_ops(options: ProfileOptions, *, on_row: Callable[[Row], None] | None
 
 def run_profiler(op: str, only: str, kernel: str, peers_dir: Path | None, seconds: float) -> list[Row]:
     """Profile one op's shapes in one process; if it fails, a single row says how."""
-    command = ["timeout", "--kill-after=5", f"{seconds:.0f}", _TOOL, "--profile-from-start", "off"]
-    command += ["--clock-control", "none", "--print-units", "base", "--page", "raw", "--csv"]
-    command += [word for section in _SECTIONS for word in ("--section", section)]
-    command += [sys.executable, "-m", "nextn.bench", "run-shapes", "--op", op, "--only", only, "--kernel", kernel]
-    command += [] if peers_dir is None else ["--peers-dir", str(peers_dir)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    tool = [_TOOL, "--profile-from-start", "off", "--clock-control", "none", "--print-units", "base"]
+    tool += ["--page", "raw", "--csv", *(word for section in _SECTIONS for word in ("--section", section))]
+    arguments = ["run-shapes", "--op", op, "--only", only, "--kernel", kernel]
+    arguments += [] if peers_dir is None else ["--peers-dir", str(peers_dir)]
+    done, ran_out = run_watched(tool, arguments, seconds=seconds)
     rows = list(read_counters(done.stdout))
     if done.returncode == 0 and rows:
         return rows
-    last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
-    return [{"shape": "", "kernel": "", "passed": False, "note": f"exit code {done.returncode}: {last[0][:200]}"}]
+    note = ran_out or f"exit code {done.returncode}: {last_line(done.stdout + done.stderr)}"
+    return [{"shape": "", "kernel": "", "passed": False, "note": note}]
 
 
 def run_shapes(op: str, only: str = "", kernel: str = "", peers_dir: Path | None = None) -> int:

@@ -5,11 +5,8 @@ Hides how tensors are kept apart, so that an access past one of them is seen, an
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +16,7 @@ import torch
 
 from nextn.bench import op_calls
 from nextn.bench.rows import Row, collect_rows, describe_run, open_device
+from nextn.bench.watched import last_line, run_watched
 from nextn.errors import InputError, UnsupportedError
 from nextn.hardware import describe_device
 from nextn.ops._kernel import OPS, discover
@@ -27,7 +25,6 @@ FILE_NAME = "gpu_sanitize.jsonl"
 TOOLS = ("memcheck", "racecheck", "synccheck")
 _TOOL = "compute-sanitizer"
 _FOUND_EXIT_CODE = 86
-_TIMED_OUT_EXIT_CODES = (124, 137)
 _LEAST_SECONDS = 10.0  # a process that has less is not started
 
 
@@ -89,16 +86,15 @@ def sanitize_ops(options: SanitizeOptions, *, on_row: Callable[[Row], None] | No
 
 
 def run_tool(op: str, tool: str, only: str, seconds: float) -> Row:
-    """Run one op's cases in a process under one tool; returns passed and note.
-
-    ``timeout`` ends the tool together with the process that the tool starts, which holds the pipes and the GPU.
-    """
-    command = ["timeout", "--kill-after=5", f"{seconds:.0f}", _TOOL, "--tool", tool]
-    command += ["--error-exitcode", str(_FOUND_EXIT_CODE), sys.executable, "-m", "nextn.bench", "run-cases"]
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([*command, "--op", op, "--only", only], capture_output=True, text=True, env=environment)
-    if done.returncode in _TIMED_OUT_EXIT_CODES:
-        return {"passed": False, "note": f"not finished after {seconds:.0f} s"}
+    """Run one op's cases in a process under one tool; returns passed and note."""
+    done, ran_out = run_watched(
+        [_TOOL, "--tool", tool, "--error-exitcode", str(_FOUND_EXIT_CODE)],
+        ["run-cases", "--op", op, "--only", only],
+        seconds=seconds,
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    if ran_out:
+        return {"passed": False, "note": ran_out}
     return {"passed": done.returncode == 0, "note": read_summary(done.stdout + done.stderr, done.returncode)}
 
 
@@ -115,7 +111,7 @@ def read_summary(output: str, exit_code: int) -> str:
     ran = re.findall(r"^(\d+ launches.*)$", output, re.MULTILINE)
     failed = re.findall(r"^failed: (.*)$", output, re.MULTILINE)
     parts = [*(" ".join(complaint) for complaint in complaints[:1]), *failed[:1], *summary[:1], *ran[-1:]]
-    return "; ".join(parts) or f"exit code {exit_code}: {(output.strip().splitlines() or ['no output'])[-1][:200]}"
+    return "; ".join(parts) or f"exit code {exit_code}: {last_line(output)}"
 
 
 def run_cases(op: str, only: str = "", device_name: str = "cuda") -> tuple[int, list[str]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from nextn.cache_format import LATENT_DIM, LATENT_ROW_DIM
+from nextn.errors import InputError
 
 # An H100's measured ceilings: linear reads, FP8 products, and BF16 products as the best attention kernels reach them.
 BYTES_PER_SECOND = 3.0e12
@@ -279,3 +280,18 @@ def list_shapes(grid: str, ops: Sequence[str]) -> list[Any]:
 
 
 GRIDS = ("targets", "small", "full", "profile")
+
+
+def choose_shapes(grid: str, ops: Sequence[str], only: str = "") -> list[Any]:
+    """The shapes of a grid, of the ops named, whose name contains ``only``.
+
+    Raises:
+        InputError: there is no such grid, or no such shape in it.
+    """
+    if grid not in GRIDS:
+        raise InputError(f"unknown grid {grid!r}; use one of {list(GRIDS)}")
+    shapes = list_shapes(grid, ops)
+    chosen = [shape for shape in shapes if only in shape.name]
+    if not chosen:
+        raise InputError(f"no shape of grid {grid} contains {only!r}; one is called {shapes[0].name!r}")
+    return chosen

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import Any
 
 import torch
 
-from nextn.bench.ops import check_rounds, describe_shape, time_candidates
-from nextn.bench.rows import Row, collect_rows, describe_run, open_device
-from nextn.bench.shapes import GRIDS, list_shapes
-from nextn.bench.workloads import Candidate, Workload, make_workload
+from nextn.bench.ops import check_rounds, describe_shape, open_clock, time_candidates
+from nextn.bench.rows import Row, collect_rows, open_device
+from nextn.bench.shapes import choose_shapes
+from nextn.bench.workloads import Candidate, Workload, candidate_of, make_workload
 from nextn.errors import InputError
 from nextn.ops._kernel import OPS, Kernel, discover
-from nextn.testing.timing import Clock, make_clock, measure_overhead
+from nextn.testing.timing import Clock
 
 FILE_NAME = "tuning.jsonl"
 
@@ -61,20 +60,15 @@ def tune_kernel(options: TuneOptions, *, on_row: Callable[[Row], None] | None = 
         Rows as of ``bench ops``, with ``config``: what differs from the choice, nothing for the choice itself.
 
     Raises:
-        InputError: an unknown op, kernel, grid, field or value.
+        InputError: an unknown op, kernel or grid, or a configuration that cannot be read.
         UnsupportedError: there is no GPU here.
     """
     check_rounds(options.rounds)
     kernel = _find_tunable(options.op, options.kernel)
     changes = [{}, *itertools.chain.from_iterable(map(parse_config, options.configs))]
-    if options.grid not in GRIDS:
-        raise InputError(f"unknown grid {options.grid!r}; use one of {list(GRIDS)}")
-    shapes = [shape for shape in list_shapes(options.grid, [options.op]) if options.only in shape.name]
-    if not shapes:
-        raise InputError(f"no shape of grid {options.grid} and op {options.op} contains {options.only!r}")
+    shapes = choose_shapes(options.grid, [options.op], options.only)
     device = open_device("cuda", instead="read benchmarks/results")
-    clock = make_clock(device)
-    run = {**describe_run(device, options.commit), "overhead_us": round(measure_overhead(clock), 2)}
+    run, clock = open_clock(device, options.commit)
     return collect_rows(
         [((shape.name,), shape) for shape in shapes],
         lambda shape: tune_shape(kernel, shape, changes, device, clock, rounds=options.rounds),
@@ -133,7 +127,7 @@ def _find_tunable(op: str, name: str) -> Kernel:
 def _candidate(kernel: Kernel, workload: Workload, change: Mapping[str, Any]) -> Candidate:
     call = workload.call
 
-    def build(kernel: Kernel) -> Callable[[], Any]:
+    def build() -> Callable[[], Any]:
         assert kernel.configure is not None
         config = kernel.configure(call.problem)
         unknown = sorted(set(change) - {field.name for field in dataclasses.fields(config)})
@@ -142,11 +136,4 @@ def _candidate(kernel: Kernel, workload: Workload, change: Mapping[str, Any]) ->
             raise InputError(f"{type(config).__name__} has no fields {unknown}; it has {names}")
         return call.launcher(kernel, dataclasses.replace(config, **change))
 
-    return Candidate(
-        name=kernel.name,
-        kind="ours",
-        build=functools.partial(build, kernel),
-        read=lambda _: call.read(),
-        poison=lambda _: call.poison(),
-        judge=workload.judge,
-    )
+    return dataclasses.replace(candidate_of(kernel, workload), build=build)

@@ -26,8 +26,8 @@ from nextn.bench.layer import (
     translate_to_slots,
 )
 from nextn.bench.op_calls import Results, Verdict
-from nextn.bench.ops import check_rounds, time_candidates
-from nextn.bench.rows import Row, collect_rows, describe_run, open_device
+from nextn.bench.ops import check_rounds, open_clock, time_candidates
+from nextn.bench.rows import Row, collect_rows, open_device
 from nextn.bench.workloads import (
     PAGE,
     Candidate,
@@ -38,7 +38,7 @@ from nextn.hardware import Arch, describe_device
 from nextn.ops._kernel import OPS, discover
 from nextn.ops.sparse_mla.problem import problem_of as sparse_mla_problem
 from nextn.plan import DSAMetadata, plan_forward
-from nextn.testing.timing import Clock, make_clock, measure_overhead
+from nextn.testing.timing import Clock
 
 FILE_NAME = "verify_layer.jsonl"
 OWN = "nextn"  # the composition of our kernels alone
@@ -93,9 +93,7 @@ def bench_verify_layer(options: VerifyLayerOptions, *, on_row: Callable[[Row], N
     shapes = _list_shapes(options)
     if options.peers_dir is not None:
         peers.add_peers_folder(options.peers_dir)
-    run = describe_run(device, options.commit)
-    clock = make_clock(device)
-    run["overhead_us"] = round(measure_overhead(clock), 2)
+    run, clock = open_clock(device, options.commit)
     return collect_rows(
         [((shape.name,), shape) for shape in shapes],
         lambda shape: bench_layer(make_layer(shape, device, options.drift), clock, options.rounds),

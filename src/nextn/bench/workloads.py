@@ -89,7 +89,7 @@ def our_candidates(workload: Workload) -> tuple[list[Candidate], dict[str, str]]
         if reason is not None:
             absent[kernel.name] = reason
         else:
-            present.append(_candidate(kernel, workload))
+            present.append(candidate_of(kernel, workload))
     return present, absent
 
 
@@ -145,7 +145,8 @@ def _refusal(kernel: Kernel, workload: Workload) -> str | None:
     return kernel.rejects(problem)
 
 
-def _candidate(kernel: Kernel, workload: Workload) -> Candidate:
+def candidate_of(kernel: Kernel, workload: Workload) -> Candidate:
+    """One of our kernels on a workload, planned as it would plan for itself."""
     call = workload.call
     if kernel.allocates_output:
         own = replace(call, outputs={**call.outputs, "out": None})
