@@ -256,7 +256,7 @@ def test_the_hopper_kernels_of_a_shared_list_fit_and_spill_next_to_nothing():
     binaries = {name: compile_launch(launch, Arch.SM90) for name, launch in stages.items()}
     assert binaries["attend"].num_products > 0
     assert max(binary.shared_bytes for binary in binaries.values()) <= TARGETS[Arch.SM90].shared_bytes
-    assert max(binary.stack_bytes for binary in binaries.values()) <= 96  # Triton 3.6: none; 3.9: 80
+    assert max(binary.stack_bytes for binary in binaries.values()) <= 80  # Triton 3.6: none; 3.9: 80
     # The hash tables' PTX takes them to lie at the beginning of shared memory: nothing else is there.
     assert binaries["unite"].shared_bytes == 4 * 4 * 4 * 2048
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nextn.ops.select_topk._triton_shared import add_shared, load_shared, zero_four, zero_shared
+
 NUM_BINS = tl.constexpr(4096)
 KEY_SHIFT = tl.constexpr(20)  # from a key to its bin
 LOG_SEARCH_BINS = tl.constexpr(11)  # the even ones
@@ -178,18 +180,8 @@ def clear_pool(space, WARPS: tl.constexpr):
     thread = thread_index(WARPS)
     for start in tl.static_range(0, _CLEARED, WARPS * 512):
         address = space + tl.minimum(start + thread * 16, _CLEARED - 16)
-        _run("{ .reg .b32 z; mov.b32 z, 0; st.shared.v4.b32 [$1], {z, z, z, z}; mov.b32 $0, z; }", "=r,r", [address])
-    _zero(space + _FOUND + (thread & 15) * 4)
-
-
-@triton.jit
-def _zero(address):
-    _run("st.shared.b32 [$1], 0; mov.b32 $0, 0;", "=r,r", [address])
-
-
-@triton.jit
-def _load(address):
-    return _run("ld.shared.b32 $0, [$1];", "=r,r", [address])
+        zero_four(address)
+    zero_shared(space + _FOUND + (thread & 15) * 4)
 
 
 @triton.jit
@@ -253,10 +245,10 @@ def drain(space, WARPS: tl.constexpr):
         both += words[j]
     number = (both & 0xFFFF) + ((both >> 16) & 0xFFFF)
     for slot in tl.static_range(4):
-        _zero(space + _FOUND + 8 * slot)
+        zero_shared(space + _FOUND + 8 * slot)
     before = sum_before(space, number, WARPS)
-    _zero(space + _NUM_ABOVE)  # all have read it before that barrier
-    _zero(space + _NUM_NEAR)
+    zero_shared(space + _NUM_ABOVE)  # all have read it before that barrier
+    zero_shared(space + _NUM_NEAR)
     return words, before, before + number
 
 
@@ -286,8 +278,8 @@ def find_counter(space, words, before, upto, want, SLOT: tl.constexpr, WARPS: tl
 @triton.jit
 def read_found(space, SLOT: tl.constexpr):
     """What ``find_counter`` left: whether there is one, its number, how many before it, and how many in it."""
-    code = _load(space + _FOUND + 8 * SLOT)
-    return code != 0, (code >> 16) & 0xFFF, code & 0xFFFF, _load(space + _FOUND + 8 * SLOT + 4)
+    code = load_shared(space + _FOUND + 8 * SLOT)
+    return code != 0, (code >> 16) & 0xFFF, code & 0xFFFF, load_shared(space + _FOUND + 8 * SLOT + 4)
 
 
 @triton.jit
@@ -306,7 +298,7 @@ def reserve(space, number):
 @triton.jit
 def num_reserved(space):
     """How many places were taken in all, after a barrier."""
-    return _load(space + _NUM_LISTED)
+    return load_shared(space + _NUM_LISTED)
 
 
 @triton.jit
@@ -386,17 +378,12 @@ def _load_pair(space, place, num_listed):
 @triton.jit
 def add_above(space, numbers):
     """Add every thread's number to what ``num_above`` returns after a barrier."""
-    _run(
-        "{ .reg .pred p; .reg .b32 s, t; redux.sync.add.s32 s, $2, 0xffffffff; mov.u32 t, %laneid;"
-        " setp.eq.u32 p, t, 0; @p red.shared.add.u32 [$1], s; mov.b32 $0, 0; }",
-        "=r,r,r",
-        [space + _NUM_ABOVE, numbers],
-    )
+    add_shared(space + _NUM_ABOVE, numbers)
 
 
 @triton.jit
 def num_above(space):
-    return _load(space + _NUM_ABOVE)
+    return load_shared(space + _NUM_ABOVE)
 
 
 @triton.jit
@@ -435,7 +422,7 @@ def stage_marked(space, NUM: tl.constexpr, WARPS: tl.constexpr):
     words = ()
     number = tl.zeros((WARPS, 32), tl.int32)
     for j in tl.static_range(NUM):
-        word = _load(space + _BITS + (thread * NUM + j) * 4)
+        word = load_shared(space + _BITS + (thread * NUM + j) * 4)
         words = words + (word,)  # noqa: RUF005
         number += count_bits(word)
     address = space + _POOL + sum_before(space, number, WARPS) * 4

@@ -1,7 +1,7 @@
 """What every kernel does with a row, whatever it found before: device functions in Triton.
 
-Hides the exact search over what registers hold or over a whole row block by block, how what it selects is written, and
-what becomes of rows that need no search.
+Hides how a call's tensors reach a kernel, the exact search over what registers hold or over a whole row block by block,
+how what it selects is written, and what becomes of rows that need no search.
 """
 
 # Device code is Triton's language, which a type checker takes for Python.
@@ -9,6 +9,9 @@ what becomes of rows that need no search.
 # pyright: reportAttributeAccessIssue=false, reportAssignmentType=false
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -25,9 +28,38 @@ from nextn.ops.select_topk._triton_search import (
     stage_block,
 )
 from nextn.ops.select_topk._triton_shared import no_counts, read_staged
+from nextn.ops.select_topk.problem import SelectTopkProblem
 
 _INT32_MAX = tl.constexpr(0x7FFFFFFF)
 _MAX_PASSES = tl.constexpr(8)  # five are enough; bounds the loop whatever other programs leave in memory
+
+
+def describe_tensors(
+    problem: SelectTopkProblem,
+    *,
+    logits: torch.Tensor,
+    visible_lens: torch.Tensor,
+    query_offsets: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    out: torch.Tensor,
+) -> dict[str, Any]:
+    """A call's tensors and sizes as every kernel names them."""
+    return {
+        "logits_ptr": logits,
+        "visible_lens_ptr": visible_lens,
+        "offsets_ptr": visible_lens if query_offsets is None else query_offsets,
+        "table_ptr": visible_lens if page_table is None else page_table,
+        "out_ptr": out,
+        "num_requests": 0 if page_table is None else page_table.shape[0],
+        "max_len": problem.visible_columns,
+        "stride_logits": logits.stride(0),
+        "stride_table": 0 if page_table is None else page_table.stride(0),
+        "stride_out": out.stride(0),
+        "TOPK": problem.topk,
+        "PAGE_SIZE": problem.page_size,
+        "RETURNS_SLOTS": problem.returns_slots,
+        "ALIGNED": problem.has_aligned_fours(logits),
+    }
 
 
 @triton.jit

@@ -95,12 +95,12 @@ def clear(space, BINS: tl.constexpr, THREADS: tl.constexpr, BY_PTX: tl.constexpr
     if BY_PTX:
         thread = tl.arange(0, THREADS)
         for start in tl.static_range(0, 4 * BINS, 16 * THREADS):
-            _zero4(space + start + thread * 16)
-        _zero4(space + _TOTAL + thread * 0)
+            zero_four(space + start + thread * 16)
+        zero_four(space + _TOTAL + thread * 0)
 
 
 @triton.jit
-def _zero4(address):
+def zero_four(address):
     tl.inline_asm_elementwise(
         "{ .reg .b32 z; mov.b32 z, 0; st.shared.v4.b32 [$1], {z, z, z, z}; mov.b32 $0, z; }",
         "=r,r",
@@ -141,35 +141,41 @@ def count_bin(counts, bins, mask, BINS: tl.constexpr, BY_PTX: tl.constexpr):
 def add_to_total(space, numbers, BY_PTX: tl.constexpr):
     """Add every thread's number to the total that ``read_total`` returns after a barrier."""
     if BY_PTX:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b32 s, t; redux.sync.add.s32 s, $2, 0xffffffff; mov.u32 t, %laneid;"
-            " setp.eq.u32 p, t, 0; @p red.shared.add.u32 [$1], s; mov.b32 $0, 0; }",
-            "=r,r,r",
-            [space + _TOTAL, numbers],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        add_shared(space + _TOTAL, numbers)
+
+
+@triton.jit
+def add_shared(address, numbers):
+    """Add every thread's number to a word that all of a warp's threads name."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 s, t; redux.sync.add.s32 s, $2, 0xffffffff; mov.u32 t, %laneid;"
+        " setp.eq.u32 p, t, 0; @p red.shared.add.u32 [$1], s; mov.b32 $0, 0; }",
+        "=r,r,r",
+        [address, numbers],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
 def read_total(space, numbers, BY_PTX: tl.constexpr):
     """The sum of what ``add_to_total`` was given since the total was last zeroed."""
     if BY_PTX:
-        return _load_shared(space + _TOTAL)
+        return load_shared(space + _TOTAL)
     else:
         return tl.sum(tl.ravel(numbers))
 
 
 @triton.jit
-def _load_shared(address):
+def load_shared(address):
     return tl.inline_asm_elementwise(
         "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
 @triton.jit
-def _zero_shared(address):
+def zero_shared(address):
     tl.inline_asm_elementwise(
         "st.shared.b32 [$1], 0; mov.b32 $0, 0;", "=r,r", [address], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -184,9 +190,9 @@ def count_before(counts, space, BINS: tl.constexpr, THREADS: tl.constexpr, BY_PT
         before: for each i the sum of all counters before the first of i.
     """
     if BY_PTX:
-        _zero_shared(space + _FOUND)  # the barrier of the sum below stands between this and ``find_counter``
-        _zero_shared(space + _FOUND + 4)
-        _zero_shared(space + _FOUND + 8)
+        zero_shared(space + _FOUND)  # the barrier of the sum below stands between this and ``find_counter``
+        zero_shared(space + _FOUND + 4)
+        zero_shared(space + _FOUND + 8)
         NUM: tl.constexpr = BINS // THREADS
         first = counts + tl.arange(0, THREADS) * (4 * NUM)
         drained = ()
@@ -197,7 +203,7 @@ def count_before(counts, space, BINS: tl.constexpr, THREADS: tl.constexpr, BY_PT
         for j in tl.static_range(1, NUM):
             totals += drained[j]
         before = tl.cumsum(totals) - totals
-        _zero_shared(space + _TOTAL)  # read before that barrier, added to after the next
+        zero_shared(space + _TOTAL)  # read before that barrier, added to after the next
         return drained, before
     else:
         return (counts,), tl.cumsum(counts) - counts
@@ -239,7 +245,7 @@ def find_counter(
 def read_found(space, found, SLOT: tl.constexpr, BY_PTX: tl.constexpr):
     """What ``find_counter``, which returned ``found``, has found."""
     if BY_PTX:
-        return _load_shared(space + _FOUND + 4 * SLOT)
+        return load_shared(space + _FOUND + 4 * SLOT)
     else:
         return found
 

@@ -65,7 +65,14 @@ from nextn.ops.select_topk._triton_pool import (
     sum_all,
     thread_index,
 )
-from nextn.ops.select_topk._triton_rows import find_request, first_places, search_and_write, slots_on, write_short_row
+from nextn.ops.select_topk._triton_rows import (
+    describe_tensors,
+    find_request,
+    first_places,
+    search_and_write,
+    slots_on,
+    write_short_row,
+)
 from nextn.ops.select_topk._triton_search import (
     BEST_KEY,
     WORST_KEY,
@@ -469,21 +476,15 @@ def prepare(
     """Describe the call; tensors as in ``select_topk``."""
     config = plan.data if plan is not None and plan.data is not None else configure(problem)
     columns = problem.visible_columns
-    arguments: dict[str, Any] = {
-        "logits_ptr": logits,
-        "visible_lens_ptr": visible_lens,
-        "offsets_ptr": visible_lens if query_offsets is None else query_offsets,
-        "table_ptr": visible_lens if page_table is None else page_table,
-        "out_ptr": out,
-        "num_requests": 0 if page_table is None else page_table.shape[0],
-        "max_len": columns,
-        "stride_logits": logits.stride(0),
-        "stride_table": 0 if page_table is None else page_table.stride(0),
-        "stride_out": out.stride(0),
-        "TOPK": problem.topk,
-        "PAGE_SIZE": problem.page_size,
-        "RETURNS_SLOTS": problem.returns_slots,
-        "ALIGNED": problem.has_aligned_fours(logits),
+    arguments = describe_tensors(
+        problem,
+        logits=logits,
+        visible_lens=visible_lens,
+        query_offsets=query_offsets,
+        page_table=page_table,
+        out=out,
+    )
+    arguments |= {
         "TILES": config.tiles,
         "NUM_WORDS": max(1, -(-columns // (config.num_warps * 1024))),
         "WARPS": config.num_warps,

@@ -27,7 +27,13 @@ from nextn.hardware import Arch
 from nextn.ops._kernel import Kernel, Launch, OpPlan
 from nextn.ops._rows import Fills
 from nextn.ops.select_topk._triton_lists import arrive, keep, load_lists, read_sizes
-from nextn.ops.select_topk._triton_rows import find_request, first_places, search_and_write, write_short_row
+from nextn.ops.select_topk._triton_rows import (
+    describe_tensors,
+    find_request,
+    first_places,
+    search_and_write,
+    write_short_row,
+)
 from nextn.ops.select_topk._triton_search import (
     bracket,
     count_samples,
@@ -281,27 +287,21 @@ def prepare(
     """Describe the call; tensors as in ``select_topk``."""
     workspace = plan.data if plan is not None and plan.data is not None else _plan(problem, device=logits.device)
     config = workspace.config
-    arguments: dict[str, Any] = {
-        "logits_ptr": logits,
-        "visible_lens_ptr": visible_lens,
-        "offsets_ptr": visible_lens if query_offsets is None else query_offsets,
-        "table_ptr": visible_lens if page_table is None else page_table,
-        "out_ptr": out,
+    arguments = describe_tensors(
+        problem,
+        logits=logits,
+        visible_lens=visible_lens,
+        query_offsets=query_offsets,
+        page_table=page_table,
+        out=out,
+    )
+    arguments |= {
         "pairs_ptr": workspace.pairs,
         "counts_ptr": workspace.counts,
         "arrivals_ptr": workspace.arrivals,
         "num_rows": problem.num_rows,
-        "num_requests": 0 if page_table is None else page_table.shape[0],
-        "max_len": problem.visible_columns,
-        "stride_logits": logits.stride(0),
-        "stride_table": 0 if page_table is None else page_table.stride(0),
-        "stride_out": out.stride(0),
-        "TOPK": problem.topk,
-        "PAGE_SIZE": problem.page_size,
-        "RETURNS_SLOTS": problem.returns_slots,
         "BY_PTX": problem.arch.is_cuda and isinstance(_select_topk_kernel, triton.JITFunction),
-        "PREFETCHES": config.prefetches and problem.has_aligned_fours(logits),
-        "ALIGNED": problem.has_aligned_fours(logits),
+        "PREFETCHES": config.prefetches and arguments["ALIGNED"],
         "IS_LONG": _is_long(problem, config),
         "PARTS": config.parts if _is_long(problem, config) else 1,
         "PART_LEN": config.part_len,

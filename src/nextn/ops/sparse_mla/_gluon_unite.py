@@ -24,68 +24,59 @@ _STOP_SLOT = gl.constexpr(2**28)  # slots from here on do not fit a cell: 176 GB
 
 
 @gluon.jit
+def _run(TEXT: gl.constexpr, CONSTRAINTS: gl.constexpr, arguments):
+    """One PTX block with effects, an int32 per thread."""
+    return gl.inline_asm_elementwise(TEXT, CONSTRAINTS, arguments, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _raise_cells(cells, keys):
     """Put keys into cells that hold less, unsigned."""
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .b32 a; mov.u32 a, global_smem; mad.lo.u32 a, $1, 4, a; red.shared.max.u32 [a], $2; mov.b32 $0, 0; }",
         "=&r,r,r",
         [cells, keys],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _raise_some_cells(cells, keys):
     """As ``_raise_cells``, but for cells below 0; a branch apiece, which pays where few lanes have a cell."""
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .pred p; .reg .b32 a; mov.u32 a, global_smem; mad.lo.u32 a, $1, 4, a;"
         " setp.ge.s32 p, $1, 0; @p red.shared.max.u32 [a], $2; mov.b32 $0, 0; }",
         "=&r,r,r",
         [cells, keys],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _read_cells(cells):
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .b32 a; mov.u32 a, global_smem; mad.lo.u32 a, $1, 4, a; ld.shared.b32 $0, [a]; }",
         "=r,r",
         [cells],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _mark_cells(cells, bits):
     """Set bits of cells; returns those that were set before."""
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .b32 a; mov.u32 a, global_smem; mad.lo.u32 a, $1, 4, a;"
         " atom.shared.or.b32 $0, [a], $2; and.b32 $0, $0, $2; }",
         "=&r,r,r",
         [cells, bits],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _meet(flags):
     """A barrier of all threads, one flag each; returns whether any was not 0."""
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .pred p, q; setp.ne.s32 p, $1, 0; bar.red.or.pred q, 0, p; selp.b32 $0, 1, 0, q; }",
         "=r,r",
         [flags],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
@@ -105,36 +96,28 @@ def _count_flags(flags):
 
 @gluon.jit
 def _write_cells(cells, values):
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .b32 a; mov.u32 a, global_smem; mad.lo.u32 a, $1, 4, a; st.shared.b32 [a], $2; mov.b32 $0, 0; }",
         "=&r,r,r",
         [cells, values],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _sum_warps_before(lanes, warps, cells):
     """Sum over a warp's lanes of the cells of those lanes whose number is below the warp's."""
-    return gl.inline_asm_elementwise(
+    return _run(
         "{ .reg .pred p; .reg .b32 a, v; mov.u32 a, global_smem; mad.lo.u32 a, $3, 4, a; mov.b32 v, 0;"
         " setp.lt.s32 p, $1, $2; @p ld.shared.b32 v, [a]; redux.sync.add.s32 $0, v, -1; }",
         "=&r,r,r,r",
         [lanes, warps, cells],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
     )
 
 
 @gluon.jit
 def _let_dependents_start():
     """The next kernel, if launched as a dependent, may set itself up; it waits for this one's end all the same."""
-    return gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    return _run("griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [])
 
 
 @gluon.jit
