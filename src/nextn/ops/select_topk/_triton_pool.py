@@ -57,13 +57,12 @@ _SUM_WARPS = tl.constexpr(
     " setp.lt.u32 p, l, $2; @p ld.shared.b32 v, [a]; redux.sync.add.s32 $0, v, 0xffffffff; }"
 )
 _RESERVE = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t, s; mov.b32 s, $4;"
+    "{ .reg .pred p; .reg .b32 t, s; mov.b32 s, $3;"
     + "".join(
         f" shfl.sync.up.b32 t|p, s, {distance}, 0, 0xffffffff; @p add.s32 s, s, t;" for distance in (1, 2, 4, 8, 16)
     )
-    + " mov.u32 t, %laneid; setp.eq.u32 p, t, 31; mov.b32 t, 0; @p atom.shared.add.u32 t, [$3], s;"
-    " shfl.sync.idx.b32 $1, t, 31, 31, 0xffffffff; shfl.sync.idx.b32 $2, s, 31, 31, 0xffffffff;"
-    " add.s32 $2, $2, $1; add.s32 s, s, $1; sub.s32 $0, s, $4; }"
+    + " mov.u32 t, %laneid; setp.eq.u32 p, t, 31; mov.b32 t, 0; @p atom.shared.add.u32 t, [$2], s;"
+    " shfl.sync.idx.b32 t, t, 31, 31, 0xffffffff; add.s32 s, s, t; mov.b32 $1, s; sub.s32 $0, s, $3; }"
 )
 # Bit $10 and the next three of $0: which of four logits reach $8; of $1: which reach $9.
 _SORT = tl.constexpr(
@@ -98,12 +97,19 @@ _NOTE = tl.constexpr(
 )
 # A logit as a key: its bits, inverted below the sign if positive. None is NaN here; -0.0 + 0.0 is +0.0.
 _KEY = "add.f32 v, v, 0f00000000; shr.s32 s, v, 31; not.b32 s, s; or.b32 s, s, 0x80000000; xor.b32 v, v, s;"
-_FETCH = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 i, a, n, v, s; .reg .b64 d; mov.u32 i, %laneid; add.s32 i, i, $2; mov.b32 $0, 0;"
-    " bar.warp.sync 0xffffffff; nextn_loop: setp.ge.s32 p, i, $3; @p bra nextn_end; mad.lo.s32 a, i, 8, $4;"
-    " ld.shared.b32 n, [a + 4]; mad.wide.s32 d, n, 4, $1; ld.global.b32 v, [d];"
-    f" {_KEY} st.shared.b32 [a], v; sub.s32 v, v, $6; shr.u32 v, v, $7; min.u32 v, v, 2047; mad.lo.s32 v, v, 4, $5;"
-    " red.shared.add.u32 [v], 1; add.s32 i, i, 32; bra nextn_loop; nextn_end: }"
+_KEEP = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 t, u; mov.b32 $0, $1; mov.b32 u, $7;"
+    + "".join(
+        f" and.b32 t, $2, u; setp.ne.b32 p, t, 0; @p st.shared.b32 [$0], ${value}; @p add.s32 $0, $0, 8;"
+        " shl.b32 u, u, 1;"
+        for value in range(3, 7)
+    )
+    + " }"
+)
+_KEY_PAIR = tl.constexpr(
+    "{ .reg .pred p; .reg .b32 a, v, s; setp.lt.s32 p, $1, $2; mov.b32 $0, 0; mov.b32 v, 0; mad.lo.s32 a, $1, 8, $3;"
+    f" @p ld.shared.b32 v, [a]; {_KEY} @p st.shared.b32 [a], v; sub.s32 v, v, $5; shr.u32 v, v, $6;"
+    " min.u32 v, v, 2047; mad.lo.s32 v, v, 4, $4; @p red.shared.add.u32 [v], 1; }"
 )
 _COUNT_PAIR = tl.constexpr(
     "{ .reg .pred p, q; .reg .b32 v, s; setp.lt.s32 p, $2, $3; mov.b32 v, 0; mov.b32 $0, $1; mad.lo.s32 s, $2, 8, $8;"
@@ -287,12 +293,11 @@ def reserve(space, number):
     """Places in the pool for ``number`` pairs of each thread; they go on beyond its end.
 
     Returns:
-        Each thread's first place, its warp's first, and the one past its warp's last.
+        Each thread's first place, and the one past its last.
     """
     return tl.inline_asm_elementwise(
-        _RESERVE, "=&r,=&r,=&r,r,r", [space + _NUM_LISTED, number], dtype=(tl.int32, tl.int32, tl.int32),
-        is_pure=False, pack=1,
-    )  # fmt: skip
+        _RESERVE, "=&r,=&r,r,r", [space + _NUM_LISTED, number], dtype=(tl.int32, tl.int32), is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -324,19 +329,34 @@ def note_positions(space, bits, place, position, spacing):
 
 
 @triton.jit
-def fetch_keys(space, logits, first, end, low, shift):
-    """Complete the pairs a warp has noted from ``first`` to ``end`` by their keys, and count these from ``low`` on."""
-    pool = space + _POOL
-    _run(_FETCH, "=&r,l,r,r,r,r,r,r", [logits.to(tl.int64), first, end, pool, space, low, shift])
+def pool_address(space, place):
+    return space + _POOL + place * 8
 
 
 @triton.jit
-def put_pair(space, place, key, position, mask):
-    """Put a pair into the pool."""
+def keep_four(address, bits, logits, FIRST: tl.constexpr, BIT: tl.constexpr):
+    """Put those of four logits whose bits from BIT on are set into pairs from ``address`` on; returns their end."""
+    return _run(
+        _KEEP, "=&r,r,r,r,r,r,r,r",
+        [address, bits, logits[FIRST], logits[FIRST + 1], logits[FIRST + 2], logits[FIRST + 3], 1 << BIT],
+    )  # fmt: skip
+
+
+@triton.jit
+def put_pair(space, place, logit, position, mask):
+    """Put a pair of a logit and its position into the pool."""
     _run(
         "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }", "=r,r,r,r,r",
-        [space + _POOL + place * 8, key, position, mask.to(tl.int32)],
+        [space + _POOL + place * 8, logit, position, mask.to(tl.int32)],
     )  # fmt: skip
+
+
+@triton.jit
+def key_pairs(space, num_listed, low, shift, WARPS: tl.constexpr):
+    """Make the pool's logits keys, and count these from ``low`` on; barriers must stand before and after."""
+    for start in range(0, num_listed, WARPS * 32):
+        place = start + thread_index(WARPS)
+        _run(_KEY_PAIR, "=&r,r,r,r,r,r,r", [place, num_listed, space + _POOL, space, low, shift])
 
 
 @triton.jit

@@ -5,7 +5,7 @@ Contract: ``reference.py``. Hides how a row is streamed; what is done with its c
 A program asks for as much of its row as its registers hold, spread over all of it. What comes first is a sample, which
 says between which two keys the k-th best lies almost surely. Every warp then reads a contiguous range on its own,
 without a barrier: what is better than both keys is marked in a bit per position at once, what lies between them goes to
-a pool and is counted in bins there. At the end the bin of the k-th is looked up, what the pool has before it is marked
+a pool. At the end the pool is counted in bins, the bin of the k-th is looked up, what the pool has before it is marked
 too, and the bits are written out in order. Bounds that leave too few or too many, as where neighbours are alike, are
 tried once more from a sample scattered over the row; a row that still does not fit, or has more equals than the pool
 tells apart, is searched block by block (``_triton_rows.py``).
@@ -45,8 +45,9 @@ from nextn.ops.select_topk._triton_pool import (
     count_pairs,
     count_threads,
     drain,
-    fetch_keys,
     find_counter,
+    keep_four,
+    key_pairs,
     load_bits,
     load_samples,
     mark_near,
@@ -55,6 +56,7 @@ from nextn.ops.select_topk._triton_pool import (
     note_positions,
     num_above,
     num_reserved,
+    pool_address,
     put_pair,
     read_found,
     read_staged,
@@ -179,17 +181,13 @@ def _select_row(
         # Beyond minus infinity lies NaN only, before which all others are sure; before the best key lies nothing.
         sure_bound = tl.where(low > BEST_KEY, value_of(tl.minimum(low - 1, _KEY_OF_LEAST)), float("nan"))
         sure_count = _stream(
-            logits, source, values, first, remaining, num_rounds, num_tiles, bound, sure_bound, low, shift, space,
-            ALIGNED, TILES, WARPS,
-        )  # fmt: skip
+            source, values, first, remaining, num_rounds, num_tiles, bound, sure_bound, space, ALIGNED, TILES, WARPS
+        )
         if n % 4 != 0:
             is_sure = rest >= sure_bound
             is_listed = (rest >= bound) & (is_sure == 0)
-            place, _, _ = reserve(space, is_listed.to(tl.int32))
-            is_listed = is_listed & (place < _POOL_LEN)
-            put_pair(space, place, key_of(rest), last, is_listed)
-            distance = (key_of(rest) - low).to(tl.uint32, bitcast=True)
-            count_key(space, tl.minimum((distance >> shift).to(tl.int32), 2047) * 2, is_listed)
+            place, end = reserve(space, is_listed.to(tl.int32))
+            put_pair(space, place, rest, last, is_listed & (end <= _POOL_LEN))
             sure_count += is_sure.to(tl.int32)
         add_above(space, sure_count)
         tl.debug_barrier()
@@ -207,6 +205,8 @@ def _select_row(
         elif n % 4 != 0:
             mark_position(space, last, rest >= sure_bound)
     if is_solved:
+        key_pairs(space, num_listed, low, shift, WARPS)
+        tl.debug_barrier()
         is_solved = _select_from_pool(
             num_listed, num_sure, low, high, shift, out, table_row, space, TOPK, PAGE_SIZE, RETURNS_SLOTS, NUM_WORDS,
             WARPS,
@@ -240,13 +240,12 @@ def _load_tiles(source, remaining, num_rounds, ALIGNED: tl.constexpr, TILES: tl.
 
 @triton.jit
 def _stream(
-    logits, source, values, position, remaining, num_rounds, num_tiles, bound, sure_bound, low, shift, space,
+    source, values, position, remaining, num_rounds, num_tiles, bound, sure_bound, space,
     ALIGNED: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Mark what reaches ``sure_bound``, put what reaches only ``bound`` into the pool, and count it there.
+    """Mark what reaches ``sure_bound``, and put what reaches only ``bound`` into the pool.
 
     Args:
-        logits: the row.
         source: each thread's first logit.
         values: those of the first round.
         position: position of the first.
@@ -268,22 +267,27 @@ def _stream(
                     values[32 * half + 4 * i + 2], values[32 * half + 4 * i + 3],
                     bound, sure_bound, 4 * (((i & 1) << 2) | (i & 2) | (i >> 2)),
                 )  # fmt: skip
-            words = words + (reaching & ~sure, sure)  # noqa: RUF005
+            listed = reaching & ~sure
+            place, end = reserve(space, count_bits(listed))
+            listed = tl.where(end <= _POOL_LEN, listed, 0)
+            address = pool_address(space, place)
+            for tile in tl.static_range(8):  # in the order of their bits, as their positions are
+                address = keep_four(
+                    address, listed, values, 32 * half + 4 * (((tile & 1) << 2) | (tile & 2) | (tile >> 2)), 4 * tile
+                )
+            words = words + (listed, sure, place)  # noqa: RUF005
         source += 128
         remaining -= 128
         if round_number + 1 < num_rounds:
             values = _load_tiles(source, remaining, num_rounds, ALIGNED, TILES)
         spacing = anew(num_rounds) * (NUM * 128)
         for half in tl.static_range(NUM):
-            listed = words[2 * half]
+            listed, sure, place = words[3 * half], words[3 * half + 1], words[3 * half + 2]
             start = position + half * num_rounds * 128
             num_live = tl.cdiv(num_tiles - round_number - half * num_rounds, num_rounds * NUM)
-            store_bits(space, words[2 * half + 1], start, spacing, num_live)
-            sure_count += count_bits(words[2 * half + 1])
-            place, first, end = reserve(space, count_bits(listed))
-            fits = end <= _POOL_LEN
-            note_positions(space, tl.where(fits, listed, 0), place, start, spacing)
-            fetch_keys(space, logits, first, tl.where(fits, end, 0), low, shift)
+            store_bits(space, sure, start, spacing, num_live)
+            sure_count += count_bits(sure)
+            note_positions(space, listed, place, start, spacing)
         position += 128
     return sure_count
 
