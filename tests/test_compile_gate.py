@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_compiles_within_the_limits_of_its_gpu(kernel: Kernel, case: Any, arch: 
     if kernel.op in OPS_WITH_PRODUCTS:
         num_products = sum(binary.num_products for binary in binaries)
         assert num_products > 0, f"no {TARGETS[arch].product} in the assembly"
+    for binary in binaries:
+        assert not find_overwritten_loads(binary.assembly), "warp_specialize overwrites what a slower warp still reads"
+
+
+def find_overwritten_loads(assembly: str) -> list[str]:
+    """Loads of shared memory between the last barrier and the stores that hand a partition its arguments.
+
+    Triton 3.6 puts the arguments of ``warp_specialize`` where it reduced before, and no barrier in between.
+    """
+    accesses = re.findall(r"(?:bar|barrier)\.sync\s+\d+|(?:ld|st)\.shared\S*.*global_smem", assembly)
+    found, loads = [], []
+    for access in accesses:
+        if access.startswith("ld"):
+            loads.append(access)
+        elif access.startswith("st"):
+            found += loads
+        else:
+            loads = []
+    return found
 
 
 def prepare_on_meta(kernel: Kernel, problem: Any, case: Any) -> Launch:

@@ -20,8 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 renamed both.
+# Triton 3.9 renamed these.
 _copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 _reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
@@ -453,4 +454,6 @@ def _find_stop(list_ptr, first, stop, num_slots):
             found,
             gl.max(gl.where((slots >= 0) & (slots < num_slots), place + 1, 0), axis=0),
         )
+    # Triton reduces in shared memory into which ``warp_specialize`` stores its arguments, and puts no barrier between.
+    _barrier()
     return found
