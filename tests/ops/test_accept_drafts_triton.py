@@ -169,7 +169,7 @@ def test_inputs_may_have_any_strides_and_dtypes():
 @triton.jit
 def _distribution_kernel(
     logits_ptr, probs_ptr, coins_ptr, list_ptr, temperature_ptr, top_k_ptr, top_p_ptr, seed_ptr, vocab,
-    BLOCK: tl.constexpr, LIST: tl.constexpr,
+    BLOCK: tl.constexpr, LIST: tl.constexpr, SEEN: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     largest = tl.max(load_logits(logits_ptr, 1, columns, vocab))
@@ -182,7 +182,7 @@ def _distribution_kernel(
     for index in range(0, vocab):
         column = tl.full((), 0, tl.int32) + index
         scaled = scale_logits(load_logits(logits_ptr, 1, column, vocab), largest, temperature, True)
-        rank = count_on_edge(logits_ptr, 1, column, largest, temperature, edge, 4)
+        rank = count_on_edge(logits_ptr, 1, column, largest, temperature, edge, SEEN)
         prob = tl.where(keep(order_bits(scaled), edge, num_edge, rank), tl.exp(scaled) / total, 0.0)
         tl.store(probs_ptr + column, prob)
     seed = tl.load(seed_ptr)
@@ -199,6 +199,29 @@ ROWS = {
 }
 
 
+def cut(logits: torch.Tensor, setting: SamplingTensors, **sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and coins of one row; nothing is written past its list."""
+    vocab, list_len = logits.shape[0], sizes["LIST"]
+    probs, coins = torch.empty(vocab), torch.empty(3, dtype=torch.float64)
+    fields = (setting.temperature, setting.top_k, setting.top_p, setting.seed)
+    listed = torch.full((list_len + 4,), 0x12345678, dtype=torch.int32)
+    _distribution_kernel[(1,)](logits, probs, coins, listed, *fields, vocab, **sizes)
+    assert (listed[list_len:] == 0x12345678).all()
+    expected = target_probs(logits[None], setting)[0]
+    assert torch.equal(probs > 0, expected > 0)
+    torch.testing.assert_close(probs, expected, rtol=1e-6, atol=0)
+    return probs, coins
+
+
+def make_setting(temperature: float, top_k: int, top_p: float, seed: int) -> SamplingTensors:
+    return SamplingTensors(
+        temperature=torch.tensor([temperature]),
+        top_k=torch.tensor([top_k], dtype=torch.int32),
+        top_p=torch.tensor([top_p]),
+        seed=torch.tensor([seed]),
+    )
+
+
 @interpreted
 @pytest.mark.parametrize("list_len", [2, 8])  # the search ends in a list of so many tokens
 @pytest.mark.parametrize("name", ROWS)
@@ -207,23 +230,23 @@ ROWS = {
     [(1.0, 3, 1.0), (0.5, 0, 0.6), (2.0, 0, 0.125), (1.0, 5, 0.7), (1.0, 6, 0.0), (0.3, 9, 0.999), (1.0, 1, 0.5)],
 )
 def test_top_k_and_top_p_cut_where_sorting_cuts(name, temperature, top_k, top_p, list_len):
-    logits, vocab = torch.tensor(ROWS[name]), len(ROWS[name])
-    probs, coins, seed = torch.empty(vocab), torch.empty(3, dtype=torch.float64), torch.tensor([top_k + vocab])
-    setting = SamplingTensors(
-        temperature=torch.tensor([temperature]),
-        top_k=torch.tensor([top_k], dtype=torch.int32),
-        top_p=torch.tensor([top_p]),
-        seed=seed,
-    )
-    fields = (setting.temperature, setting.top_k, setting.top_p, setting.seed)
-    listed = torch.full((list_len + 4,), 0x12345678, dtype=torch.int32)
-    _distribution_kernel[(1,)](logits, probs, coins, listed, *fields, vocab, BLOCK=8, LIST=list_len)
-    assert (listed[list_len:] == 0x12345678).all()
-    expected = target_probs(logits[None], setting)[0]
-    assert torch.equal(probs > 0, expected > 0)
-    torch.testing.assert_close(probs, expected, rtol=1e-6, atol=0)
+    logits = torch.tensor(ROWS[name])
+    setting = make_setting(temperature, top_k, top_p, seed=top_k + len(logits))
+    _, coins = cut(logits, setting, BLOCK=8, LIST=list_len, SEEN=4)
     for purpose, coin in zip((DRAFT, ACCEPT, RESAMPLE), coins):
-        assert coin == draw_uniforms(seed, seed * 7 + 3, purpose)
+        assert coin == draw_uniforms(setting.seed, setting.seed * 7 + 3, purpose)
+
+
+@interpreted
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (100, 1.0), (21, 0.8)])
+@pytest.mark.parametrize("num_alike", [0, 30])
+def test_a_list_serves_long_rows_and_tokens_that_share_a_column(top_k, top_p, num_alike):
+    """A list of 128 has columns of 16, to which the tokens at a distance of 8 go."""
+    logits = torch.randn(256, generator=torch.Generator().manual_seed(top_k))
+    if num_alike:
+        logits -= 9
+        logits[5 : 5 + 8 * num_alike : 8] = 1 + torch.arange(num_alike) * 1e-6
+    cut(logits, make_setting(1.0, top_k, top_p, seed=1), BLOCK=256, LIST=128, SEEN=64)
 
 
 def plan_on_meta(case: AcceptDraftsCase) -> OpPlan:

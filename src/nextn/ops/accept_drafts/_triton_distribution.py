@@ -19,6 +19,10 @@ _ABSOLUTE = tl.constexpr(0x7FFFFFFF)
 _LARGEST_FLOAT = tl.constexpr(3.4028234663852886e38)
 _VANISHING = tl.constexpr(0x42D20000)  # bits of 105, whose negative has exponential 0 in float32
 _PURPOSES = tl.constexpr(3)
+_LIMITS = tl.constexpr(7)  # looked at in one pass over a row
+_MEASURED = tl.constexpr(2048)  # tokens at a time in such a pass
+_DEPTH = tl.constexpr(16)  # of a column of the list
+_LISTED = tl.constexpr(4)  # rows of columns at a time
 
 
 @triton.jit
@@ -76,38 +80,73 @@ def _choose_middle(low, high, step):
 
 
 @triton.jit
-def _measure_row(row_ptr, stride, vocab, largest, temperature, limit, BLOCK: tl.constexpr):
-    """How many tokens have bits of at most ``limit``, their ``exp(s)``, their most bits, and the least beyond."""
-    count = tl.zeros([BLOCK], tl.int32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    most = tl.full([BLOCK], -1, tl.int32)
-    least = tl.full([BLOCK], NO_EDGE, tl.int32)
-    for start in range(0, vocab, BLOCK):
-        x = load_logits(row_ptr, stride, start + tl.arange(0, BLOCK), vocab)
-        scaled = scale_logits(x, largest, temperature, True)
-        bits = order_bits(scaled)
-        inside = bits <= limit
-        count += inside.to(tl.int32)
-        mass += tl.where(inside, tl.exp(scaled), 0.0)
-        most = tl.maximum(most, tl.where(inside, bits, -1))
-        least = tl.minimum(least, tl.where(inside, NO_EDGE, bits))
-    return tl.sum(count), tl.sum(mass.to(tl.float64)), tl.max(most), tl.min(least)
+def _choose_limits(low, high, step):
+    """Rising bits from ``low`` up to ``high`` that cut it in eight, first by value and closer to 0, then by bits."""
+    first = low.to(tl.float32, bitcast=True)
+    width = high.to(tl.float32, bitcast=True) - first
+    part = (high - low) // (_LIMITS + 1)
+    rest = (high - low) % (_LIMITS + 1)
+    limits = ()
+    for i in tl.static_range(1, _LIMITS + 1):
+        share = first * 0.0 + i * (1.0 / (_LIMITS + 1))
+        by_value = first + width * tl.where(step == 0, share * share, share)
+        by_bits = low + part * i + rest * i // (_LIMITS + 1)
+        limit = tl.where(step < 4, by_value.to(tl.int32, bitcast=True), by_bits)
+        limits = limits + (tl.minimum(tl.maximum(limit, low), high - 1),)  # noqa: RUF005
+    return limits
 
 
 @triton.jit
-def _list_bits(row_ptr, stride, vocab, largest, temperature, low, high, list_ptr, BLOCK: tl.constexpr):
-    """Bits of the tokens from ``low`` to ``high``, at most BLOCK of them, as one block filled up with NO_EDGE."""
-    num_listed = vocab * 0
-    for start in range(0, vocab, BLOCK):
-        x = load_logits(row_ptr, stride, start + tl.arange(0, BLOCK), vocab)
-        bits = order_bits(scale_logits(x, largest, temperature, True))
-        inside = ((bits >= low) & (bits <= high)).to(tl.int32)
-        places = num_listed + tl.cumsum(inside) - inside
-        tl.store(list_ptr + places, bits, mask=(inside > 0) & (places < BLOCK))
-        num_listed += tl.sum(inside)
+def _measure_row(row_ptr, stride, vocab, largest, temperature, limits, BLOCK: tl.constexpr):
+    """For each limit how many tokens have bits of at most that, and the sum of their ``exp(s)``, float64."""
+    columns = tl.arange(0, BLOCK)
+    counts = ()
+    masses = ()
+    for _ in tl.static_range(_LIMITS):
+        counts = counts + (tl.zeros([BLOCK], tl.int32),)  # noqa: RUF005
+        masses = masses + (tl.zeros([BLOCK], tl.float32),)  # noqa: RUF005
+    x = load_logits(row_ptr, stride, columns, vocab)
+    for start in range(BLOCK, vocab + BLOCK, BLOCK):
+        scaled = scale_logits(x, largest, temperature, True)
+        x = load_logits(row_ptr, stride, start + columns, vocab)  # while these are measured
+        bits = order_bits(scaled)
+        exponentials = tl.exp(scaled)
+        new_counts = ()
+        new_masses = ()
+        for i in tl.static_range(_LIMITS):
+            inside = bits <= limits[i]
+            new_counts = new_counts + (counts[i] + inside.to(tl.int32),)  # noqa: RUF005
+            new_masses = new_masses + (masses[i] + tl.where(inside, exponentials, 0.0),)  # noqa: RUF005
+        counts = new_counts
+        masses = new_masses
+    sums = ()
+    for i in tl.static_range(_LIMITS):
+        sums = sums + ((tl.sum(counts[i]), tl.sum(masses[i].to(tl.float64))),)  # noqa: RUF005
+    return sums
+
+
+@triton.jit
+def _list_bits(row_ptr, stride, vocab, largest, temperature, low, high, list_ptr, LIST: tl.constexpr):
+    """Bits of the tokens from ``low`` to ``high`` as one block filled up with NO_EDGE, and whether all of them fit.
+
+    Every LIST // _DEPTH-th token goes to the same column, so that no token needs to know of another column's.
+    """
+    COLUMNS: tl.constexpr = max(LIST // _DEPTH, 1)
+    columns = tl.arange(0, COLUMNS)
+    lens = tl.zeros([COLUMNS], tl.int32)
+    for start in range(0, vocab, _LISTED * COLUMNS):
+        logits = ()
+        for part in tl.static_range(_LISTED):  # all before what may depend on them is stored
+            logits = logits + (load_logits(row_ptr, stride, columns + (start + part * COLUMNS), vocab),)  # noqa: RUF005
+        for part in tl.static_range(_LISTED):
+            bits = order_bits(scale_logits(logits[part], largest, temperature, True))
+            inside = (bits >= low) & (bits <= high)
+            tl.store(list_ptr + lens * COLUMNS + columns, bits, mask=inside & (lens < LIST // COLUMNS))
+            lens += inside.to(tl.int32)
+    for place in tl.static_range(LIST // COLUMNS):
+        tl.store(list_ptr + place * COLUMNS + columns, tl.full([COLUMNS], NO_EDGE, tl.int32), mask=lens <= place)
     tl.debug_barrier()  # other threads stored what is loaded next
-    places = tl.arange(0, BLOCK)
-    return tl.load(list_ptr + places, mask=places < num_listed, other=NO_EDGE)
+    return tl.load(list_ptr + tl.arange(0, LIST)), tl.max(lens) <= LIST // COLUMNS
 
 
 @triton.jit
@@ -133,34 +172,43 @@ def _find_edge(
     high = end
     num_high = num_end
     step = tl.full((), 0, tl.int32)
-    while (low < high) & (num_high - num_before > BLOCK):
-        middle = _choose_middle(low, high, step)
-        count, mass, most, least = _measure_row(row_ptr, stride, vocab, largest, temperature, middle, BLOCK)
-        mass = mass / total.to(tl.float64)
-        suffices = (count >= wanted_count) | (mass >= wanted_mass)
-        high = tl.where(suffices, most, high)
-        num_high = tl.where(suffices, count, num_high)
-        low = tl.where(suffices, low, least)
-        num_before = tl.where(suffices, num_before, count)
-        mass_before = tl.where(suffices, mass_before, mass)
-        step += 1
-    if low < high:
-        bits = _list_bits(row_ptr, stride, vocab, largest, temperature, low, high, list_ptr, BLOCK)
-        probs = tl.div_rn(_exp_of(bits), total).to(tl.float64)
-        num_outside = num_before
-        mass_outside = mass_before
-        while low < high:
-            middle = _choose_middle(low, high, step)
-            inside = bits <= middle
-            count = num_outside + tl.sum(inside.to(tl.int32))
-            mass = mass_outside + tl.sum(tl.where(inside, probs, 0.0))
-            suffices = (count >= wanted_count) | (mass >= wanted_mass)
-            high = tl.where(suffices, tl.max(tl.where(inside, bits, -1)), high)
-            num_high = tl.where(suffices, count, num_high)
-            low = tl.where(suffices, low, tl.min(tl.where(inside, NO_EDGE, bits)))
-            num_before = tl.where(suffices, num_before, count)
-            mass_before = tl.where(suffices, mass_before, mass)
+    STEP: tl.constexpr = min(BLOCK, _MEASURED)
+    num_listable = vocab * 0 + (BLOCK // 4 if BLOCK > _DEPTH else BLOCK)
+    while low < high:
+        while (low < high) & (num_high - num_before > num_listable):
+            limits = _choose_limits(low, high, step)
+            sums = _measure_row(row_ptr, stride, vocab, largest, temperature, limits, STEP)
+            for i in tl.static_range(_LIMITS):
+                count, mass = sums[i]
+                mass = mass / total.to(tl.float64)
+                suffices = (count >= wanted_count) | (mass >= wanted_mass)
+                is_first = suffices & (limits[i] < high)
+                high = tl.where(is_first, limits[i], high)
+                num_high = tl.where(is_first, count, num_high)
+                low = tl.where(suffices, low, limits[i] + 1)
+                num_before = tl.where(suffices, num_before, count)
+                mass_before = tl.where(suffices, mass_before, mass)
             step += 1
+        if low < high:
+            bits, is_whole = _list_bits(row_ptr, stride, vocab, largest, temperature, low, high, list_ptr, BLOCK)
+            if is_whole:
+                probs = tl.div_rn(_exp_of(bits), total).to(tl.float64)
+                num_outside = num_before
+                mass_outside = mass_before
+                while low < high:
+                    middle = _choose_middle(low, high, step)
+                    inside = bits <= middle
+                    count = num_outside + tl.sum(inside.to(tl.int32))
+                    mass = mass_outside + tl.sum(tl.where(inside, probs, 0.0))
+                    suffices = (count >= wanted_count) | (mass >= wanted_mass)
+                    high = tl.where(suffices, tl.max(tl.where(inside, bits, -1)), high)
+                    num_high = tl.where(suffices, count, num_high)
+                    low = tl.where(suffices, low, tl.min(tl.where(inside, NO_EDGE, bits)))
+                    num_before = tl.where(suffices, num_before, count)
+                    mass_before = tl.where(suffices, mass_before, mass)
+                    step += 1
+            else:
+                num_listable //= 8  # columns of unlike lengths
     return high, num_high - num_before, num_before, mass_before
 
 
@@ -174,7 +222,7 @@ def truncate(row_ptr, stride, vocab, largest, temperature, total, top_k, top_p, 
 
     Returns:
         edge: bits; tokens before it are kept.
-        num_edge: how many of those on it are, lowest ids first.
+        num_edge: how many of those on it are, lowest ids first; the size of the vocabulary if all are.
         total: float64, the sum of ``exp(s)`` over what is kept.
     """
     one = tl.full((), 1.0, tl.float32)
@@ -182,9 +230,10 @@ def truncate(row_ptr, stride, vocab, largest, temperature, total, top_k, top_p, 
     end = tl.full((), _VANISHING, tl.int32)  # up to where top-p looks
     num_end = vocab
     num_edge = vocab
+    num_on_edge = vocab
     mass = total
     if (top_k > 0) & (top_k < vocab):
-        edge, _, num_end, mass = _find_edge(
+        edge, num_on_edge, num_end, mass = _find_edge(
             row_ptr, stride, vocab, largest, temperature, one, end, vocab, top_k, float("inf"), list_ptr, BLOCK
         )  # fmt: skip
         end = edge - 1
@@ -195,15 +244,16 @@ def truncate(row_ptr, stride, vocab, largest, temperature, total, top_k, top_p, 
         wanted = top_p.to(tl.float64)
         mass = mass / whole.to(tl.float64)  # of what lies before the edge
         if (mass >= wanted) & (end >= 0):
-            edge, num_edge, _, mass = _find_edge(
+            edge, num_on_edge, _, mass = _find_edge(
                 row_ptr, stride, vocab, largest, temperature, whole, end, num_end, NO_TOKEN, wanted, list_ptr, BLOCK
             )  # fmt: skip
+            num_edge = num_on_edge
         if edge < NO_EDGE:
             exponential = _exp_of(edge)
             fitting = tl.ceil((wanted - mass) / tl.div_rn(exponential, whole).to(tl.float64))
             num_edge = tl.minimum(tl.maximum(fitting, 1.0), num_edge.to(tl.float64)).to(tl.int32)
             total = mass * whole.to(tl.float64) + num_edge.to(tl.float64) * exponential.to(tl.float64)
-    return edge, num_edge, total
+    return edge, tl.where(num_edge < num_on_edge, num_edge, vocab), total
 
 
 @triton.jit

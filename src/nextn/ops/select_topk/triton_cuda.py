@@ -11,7 +11,7 @@ tried once more from a sample scattered over the row; a row that still does not 
 tells apart, is searched block by block (``_triton_rows.py``).
 
 Floor: every visible logit read once, ``4 * sum(visible_lens)`` bytes (256 rows of 32K: 33.5 MB, 11 us at 3.0 TB/s);
-some 8 instructions a logit. Where the L2 cache must first write back what lies in it, as in our measurements, a kernel
+some 14 instructions a logit. Where the L2 cache must first write back what lies in it, as in our measurements, a kernel
 that only reads these rows takes 20 us.
 """
 
@@ -440,9 +440,9 @@ def _select_in_blocks(
 def configure(problem: SelectTopkProblem) -> SelectTopkStreamConfig:
     """The configuration for a problem.
 
-    Times of these choices stand in benchmarks/results/ops.jsonl. Numbers of warps were compared before logits were
-    marked as they came: 256 rows of 32K took 26 us with 16 warps and 29 with 8, 512 of 16K 32 and 29; 64 of 32K took
-    15.9 with 16 warps and 14.6 with 32 (an H100, cold).
+    Times of these choices stand in benchmarks/results/ops.jsonl. On an H100, cold, 512 rows of 16K took 27.8 us with 8
+    warps, 29.4 with 16 and 35.2 with 4. In a version that took 29.5 for 256 rows of 32K with 16 warps, 32 took 32.6 and
+    8 took 39.4.
     """
     if problem.num_rows <= problem.num_sms:
         return SelectTopkStreamConfig(num_warps=32)  # a program has a multiprocessor to itself
