@@ -502,8 +502,8 @@ def prepare(
 def _rank(problem: SelectTopkProblem) -> int:
     """Above the portable kernel where it was faster: short rows fit that one's registers, few long ones it splits.
 
-    On an H100 (benchmarks/results/ops.jsonl): 30 us against 44 at 256 x 32K, 15.6 against 16.6 at 16 x 64K, 16.4
-    against 15.4 at 256 x 8K.
+    On an H100 (benchmarks/results/ops.jsonl): 26 us against 44 at 256 x 32K, 16.1 against 17.4 at 16 x 64K, 16.8
+    against 16.1 at 256 x 8K.
     """
     columns = problem.visible_columns
     if columns <= 16384:
