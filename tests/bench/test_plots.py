@@ -32,6 +32,22 @@ def test_a_row_without_a_time_is_left_out():
         plot_rows([make_row(1, cold_us=None)], Path("unused.png"))
 
 
+def test_the_reference_is_drawn_only_where_nothing_else_was_timed():
+    reference = make_row(4, kernel="reference", context=32768)
+    panels = group_rows([make_row(1, kernel="reference"), make_row(1), make_row(4, cold_us=None), reference])
+    assert list(panels.values()) == [[make_row(1)], [reference]]
+
+
+def test_shapes_without_a_depth_get_bars_and_floors(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {**make_row(1, kernel=kernel), "op": "select_topk", "sizes": {"rows": rows}, "shape": f"{rows} x 8192"}
+        for kernel, rows in (("ours", 1), ("ours", 64), ("theirs", 64))
+    ]
+    plot_rows(rows, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_of_a_shape_measured_twice_the_last_row_counts():
     assert keep_last([make_row(1, cold_us=9.0), make_row(2), make_row(1, cold_us=7.0)]) == [
         make_row(1, cold_us=7.0),

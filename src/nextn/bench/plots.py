@@ -61,12 +61,13 @@ def keep_last(rows: Sequence[Row]) -> list[Row]:
 
 
 def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The timed rows of each panel by its title."""
+    """The timed rows of each panel by its title; the reference's only where there are no others."""
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("cold_us") is not None:
             panels.setdefault(_title(row), []).append(row)
-    return panels
+    kernels = {title: [row for row in panel if row["kernel"] != "reference"] for title, panel in panels.items()}
+    return {title: kernels[title] or panel for title, panel in panels.items()}
 
 
 def _title(row: Row) -> str:
@@ -84,14 +85,24 @@ def _draw(axes: Any, title: str, rows: Sequence[Row]) -> None:
     labels = list(dict.fromkeys(_label(row) for row in rows))
     if has_depths:
         labels.sort(key=lambda label: (label == "ragged", label))
-    for kernel in dict.fromkeys((row["kernel"], row["kind"]) for row in rows):
-        own = [row for row in rows if (row["kernel"], row["kind"]) == kernel]
-        places = [labels.index(_label(row)) for row in own]
-        order = sorted(range(len(own)), key=places.__getitem__)
-        style = "-o" if kernel[1] == "ours" else "--s"
-        axes.plot([places[i] for i in order], [own[i]["cold_us"] for i in order], style, label=kernel[0], markersize=4)
+    kernels: dict[tuple[str, str], dict[int, float]] = {}
+    for row in rows:
+        kernels.setdefault((row["kernel"], row["kind"]), {})[labels.index(_label(row))] = row["cold_us"]
+    for number, ((name, kind), times) in enumerate(kernels.items()):
+        places = sorted(times)
+        if has_depths:
+            style = "-o" if kind == "ours" else "--s"
+            axes.plot(places, [times[place] for place in places], style, label=name, markersize=4)
+        else:  # no line leads from one shape to another
+            left = [place + 0.8 * ((number + 0.5) / len(kernels) - 0.5) for place in places]
+            hatch = None if kind == "ours" else "///"
+            axes.bar(left, [times[place] for place in places], 0.8 / len(kernels), label=name, hatch=hatch, alpha=0.8)
     floors = {_label(row): row["floor_us"] for row in rows}
-    axes.plot(range(len(labels)), [floors[label] for label in labels], ":k", label="floor")
+    if has_depths:
+        axes.plot(range(len(labels)), [floors[label] for label in labels], ":k", label="floor")
+    else:
+        starts = [place - 0.4 for place in range(len(labels))]
+        axes.hlines([floors[label] for label in labels], starts, [start + 0.8 for start in starts], "k", label="floor")
     axes.set_xticks(range(len(labels)), labels, rotation=0 if has_depths else 30)
     axes.set_xlabel("next_n" if has_depths else "shape")
     axes.set_ylabel("us, L2 flushed")
