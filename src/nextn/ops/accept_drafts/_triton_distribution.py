@@ -81,14 +81,14 @@ def _choose_middle(low, high, step):
 
 @triton.jit
 def _choose_limits(low, high, step):
-    """Rising bits from ``low`` up to ``high`` that cut it in eight, first by value and closer to 0, then by bits."""
+    """Rising bits from ``low`` up to ``high``, in equal steps of value, at first finer near 0, then of bits."""
     first = low.to(tl.float32, bitcast=True)
     width = high.to(tl.float32, bitcast=True) - first
     part = (high - low) // (_LIMITS + 1)
     rest = (high - low) % (_LIMITS + 1)
     limits = ()
     for i in tl.static_range(1, _LIMITS + 1):
-        share = first * 0.0 + i * (1.0 / (_LIMITS + 1))
+        share = first * 0.0 + i * (1.0 / (_LIMITS + 1))  # a value of the program, as constants are not assigned twice
         by_value = first + width * tl.where(step == 0, share * share, share)
         by_bits = low + part * i + rest * i // (_LIMITS + 1)
         limit = tl.where(step < 4, by_value.to(tl.int32, bitcast=True), by_bits)

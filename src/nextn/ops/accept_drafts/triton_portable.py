@@ -8,7 +8,7 @@ rounding of an edge: probabilities differ by about 1e-7 of themselves, as the or
 
 Floor: the logits read once, ``4 R V`` bytes (256 rows of 129280: 132 MB, 44 us at 3.0 TB/s). One program then reads a
 truncated row again, three to five times until it is cut, and a sampled request's last row up to twice to draw from it;
-such a pass takes 50 to 90 us, mostly for exact quotients, however few rows there are.
+a pass that cuts takes 50 to 60 us, mostly for exact quotients, however few rows there are.
 """
 
 # Device code is Triton's language, which a type checker takes for Python.
