@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from op_harness import DEVICE, IS_INTERPRETING, hardware_for
+from op_harness import DEVICE, IS_INTERPRETING, problem_or_skip
 
 from nextn import ops
 from nextn.errors import InputError
-from nextn.hardware import Arch, has_module, pretend_device
+from nextn.hardware import Arch, DeviceInfo, has_module, pretend_device
 from nextn.ops._kernel import Kernel, discover
 from nextn.ops.index_logits._contiguous import ContiguousKeys
 from nextn.ops.index_logits.problem import CONTIGUOUS, IndexLogitsProblem
@@ -37,6 +37,13 @@ class SpanCase:
 
     def __str__(self) -> str:
         return self.name
+
+    def problem(self, hardware: DeviceInfo) -> IndexLogitsProblem:
+        return IndexLogitsProblem(
+            arch=hardware.arch, num_sms=hardware.num_sms, num_requests=1, num_rows=len(self.spans), next_n=None,
+            max_rows=len(self.spans), heads=self.heads, dim=self.dim, page_size=0, max_pages=0,
+            max_context=self.num_keys, cache=CONTIGUOUS, out_dtype=str(self.out_dtype).removeprefix("torch."),
+        )  # fmt: skip
 
 
 CASES = (
@@ -101,20 +108,6 @@ def score(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return (products * inputs["weights"].double()[:, :, None]).sum(1) * inputs["key_scales"].double()
 
 
-def problem_for(kernel: Kernel, case: SpanCase) -> IndexLogitsProblem:
-    hardware = hardware_for(kernel)
-    problem = IndexLogitsProblem(
-        arch=hardware.arch, num_sms=hardware.num_sms, num_requests=1, num_rows=len(case.spans), next_n=None,
-        max_rows=len(case.spans), heads=case.heads, dim=case.dim, page_size=0, max_pages=0, max_context=case.num_keys,
-        cache=CONTIGUOUS, out_dtype=str(case.out_dtype).removeprefix("torch."),
-    )  # fmt: skip
-    if problem.arch not in kernel.arches:
-        pytest.skip(f"{kernel.name} is not written for {problem.arch}")
-    if (reason := kernel.rejects(problem)) is not None:
-        pytest.skip(reason)
-    return problem
-
-
 def run(kernel: Kernel, case: SpanCase, inputs: dict[str, torch.Tensor], out: torch.Tensor) -> None:
     moved = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
     keys = ContiguousKeys(
@@ -125,7 +118,7 @@ def run(kernel: Kernel, case: SpanCase, inputs: dict[str, torch.Tensor], out: to
     )
     unused = torch.empty(1, 1, dtype=torch.int32, device=DEVICE)
     kernel.prepare(
-        problem_for(kernel, case),
+        problem_or_skip(kernel, case),
         q=moved["q"],
         weights=moved["weights"],
         index_cache=keys,
@@ -139,7 +132,7 @@ def run(kernel: Kernel, case: SpanCase, inputs: dict[str, torch.Tensor], out: to
 @every_kernel
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_key_of_a_rows_span_is_scored_and_no_other_column_is_written(kernel, case):
-    problem_for(kernel, case)
+    problem_or_skip(kernel, case)
     inputs = make_inputs(case)
     rows, columns = len(case.spans), case.num_keys if case.max_columns is None else case.max_columns
     output = poison_output((rows, columns), case.out_dtype, DEVICE, row_padding=8)
@@ -163,7 +156,7 @@ def test_every_key_of_a_rows_span_is_scored_and_no_other_column_is_written(kerne
 def test_a_row_has_the_same_bits_alone_and_among_others(kernel):
     spans = tuple((start, end) for start in (0, 3, 500) for end in (511, 520, 640))
     case = SpanCase(name="together", num_keys=640, spans=spans, heads=32)
-    problem_for(kernel, case)
+    problem_or_skip(kernel, case)
     inputs = make_inputs(case)
     together = torch.zeros(len(spans), 640, device=DEVICE)
     run(kernel, case, inputs, together)
@@ -177,7 +170,7 @@ def test_a_row_has_the_same_bits_alone_and_among_others(kernel):
 @every_kernel
 def test_a_nan_key_spoils_its_own_column_alone(kernel):
     case = SpanCase(name="nan", num_keys=100, spans=((0, 100), (10, 60)))
-    problem_for(kernel, case)
+    problem_or_skip(kernel, case)
     inputs = make_inputs(case)
     clean, spoilt = torch.zeros(2, 100, device=DEVICE), torch.zeros(2, 100, device=DEVICE)
     run(kernel, case, inputs, clean)

@@ -66,8 +66,7 @@ def group_rows(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for row in rows:
         if row.get("cold_us") is not None:
             panels.setdefault(_title(row), []).append(row)
-    kernels = {title: [row for row in panel if row["kernel"] != "reference"] for title, panel in panels.items()}
-    return {title: kernels[title] or panel for title, panel in panels.items()}
+    return {title: [row for row in panel if row["kernel"] != "reference"] or panel for title, panel in panels.items()}
 
 
 def _title(row: Row) -> str:

@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-# Both were renamed after Triton 3.6.
-_copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+from nextn.ops._gluon_names import barrier, copy_tile
 
 # A note is 32 int32: tiles (0 ends the share), first key, first row, five spare, of up to eight rows the visible
 # lengths, and then the first keys they see; the last only if keys are contiguous, else it is 16.
@@ -113,8 +111,8 @@ def _copy_rows(segments, slot, phase, q_desc, weights_desc, first_row, ROWS: gl.
     for group in gl.static_range(len(ROWS)):
         for row in gl.static_range(item(ROWS, group)):
             q_smem = queries.index(slot * len(ROWS) + group).slice(row * HEADS, HEADS)
-            _copy_tile(q_desc, [(first_row + sum_of(ROWS, group) + row) * HEADS, 0], ready_bar, q_smem)
-    _copy_tile(weights_desc, [first_row, 0], ready_bar, weights.index(slot))
+            copy_tile(q_desc, [(first_row + sum_of(ROWS, group) + row) * HEADS, 0], ready_bar, q_smem)
+    copy_tile(weights_desc, [first_row, 0], ready_bar, weights.index(slot))
 
 
 @gluon.jit
@@ -125,8 +123,8 @@ def _copy_keys(pages, ring, stage, phase, page, key):
     ready_bar = ready_bars.index(stage)
     mbarrier.wait(empty_bars.index(stage), phase)
     mbarrier.expect(ready_bar, 64 * 128 + 64 * 4)
-    _copy_tile(keys_desc, [page, key, 0], ready_bar, keys.index(stage))
-    _copy_tile(scales_desc, [page, key], ready_bar, scales.index(stage))
+    copy_tile(keys_desc, [page, key, 0], ready_bar, keys.index(stage))
+    copy_tile(scales_desc, [page, key], ready_bar, scales.index(stage))
 
 
 @gluon.jit
@@ -134,7 +132,7 @@ def _announce(segments, slot, note):
     """Write a segment's note into its slot, the last of what its warpgroups wait for."""
     notes, _, _, ready_bars, _ = segments
     notes.index(slot).store(note)
-    _barrier()
+    barrier()
     mbarrier.arrive(ready_bars.index(slot), count=1)
 
 

@@ -45,24 +45,30 @@ _COUNT = tl.constexpr(
     "{ .reg .pred p; .reg .b32 a, v; setp.ne.b32 p, $3, 0; shr.u32 a, $2, 1; mad.lo.s32 a, a, 4, $1;"
     " and.b32 v, $2, 1; mad.lo.s32 v, v, 0xffff, 1; @p red.shared.add.u32 [a], v; mov.b32 $0, 0; }"
 )
-_SUM_WARP = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t; mov.b32 $0, $2;"
-    + "".join(
-        f" shfl.sync.up.b32 t|p, $0, {distance}, 0, 0xffffffff; @p add.s32 $0, $0, t;" for distance in (1, 2, 4, 8, 16)
+
+
+def _sum_lanes_text(register: str) -> str:
+    """PTX that leaves in ``register`` its sum over a warp's lanes up to one's own, and in p whether one is last."""
+    return (
+        "".join(
+            f" shfl.sync.up.b32 t|p, {register}, {distance}, 0, 0xffffffff; @p add.s32 {register}, {register}, t;"
+            for distance in (1, 2, 4, 8, 16)
+        )
+        + " mov.u32 t, %laneid; setp.eq.u32 p, t, 31;"
     )
-    + " mov.u32 t, %laneid; setp.eq.u32 p, t, 31; @p st.shared.b32 [$1], $0; }"
+
+
+_SUM_WARP = tl.constexpr(
+    f"{{ .reg .pred p; .reg .b32 t; mov.b32 $0, $2;{_sum_lanes_text('$0')} @p st.shared.b32 [$1], $0; }}"
 )
 _SUM_WARPS = tl.constexpr(
     "{ .reg .pred p; .reg .b32 l, a, v; mov.u32 l, %laneid; mad.lo.s32 a, l, 4, $1; mov.b32 v, 0;"
     " setp.lt.u32 p, l, $2; @p ld.shared.b32 v, [a]; redux.sync.add.s32 $0, v, 0xffffffff; }"
 )
 _RESERVE = tl.constexpr(
-    "{ .reg .pred p; .reg .b32 t, s; mov.b32 s, $3;"
-    + "".join(
-        f" shfl.sync.up.b32 t|p, s, {distance}, 0, 0xffffffff; @p add.s32 s, s, t;" for distance in (1, 2, 4, 8, 16)
-    )
-    + " mov.u32 t, %laneid; setp.eq.u32 p, t, 31; mov.b32 t, 0; @p atom.shared.add.u32 t, [$2], s;"
-    " shfl.sync.idx.b32 t, t, 31, 31, 0xffffffff; add.s32 s, s, t; mov.b32 $1, s; sub.s32 $0, s, $3; }"
+    f"{{ .reg .pred p; .reg .b32 t, s; mov.b32 s, $3;{_sum_lanes_text('s')} mov.b32 t, 0;"
+    " @p atom.shared.add.u32 t, [$2], s; shfl.sync.idx.b32 t, t, 31, 31, 0xffffffff; add.s32 s, s, t;"
+    " mov.b32 $1, s; sub.s32 $0, s, $3; }"
 )
 # Bit $10 and the next three of $0: which of four logits reach $8; of $1: which reach $9.
 _SORT = tl.constexpr(

@@ -20,11 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Triton 3.9 renamed these.
-_copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
-
-_reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+from nextn.ops._gluon_names import barrier, copy_async, reinterpret
 
 _PAIRS = gl.constexpr(64)
 _TILE = gl.constexpr(64)
@@ -148,8 +144,8 @@ def _copy_scales(scales_ptr, slots, target, buffer, page_stride, PAGE: gl.conste
     """Begin to copy a tile's scales to shared memory; those of no slot become zero."""
     row = (_locate_slots(slots, page_stride, PAGE, IS_DENSE) + _LATENT)[:, None] // 4
     offs = gl.arange(0, 2, layout=gl.SliceLayout(0, _SCALES))[None, :]
-    _copy_async(target.index(buffer * 2), scales_ptr + row + offs, mask=(slots >= 0)[:, None])
-    _copy_async(target.index(buffer * 2 + 1), scales_ptr + row + (offs + 2), mask=(slots >= 0)[:, None])
+    copy_async(target.index(buffer * 2), scales_ptr + row + offs, mask=(slots >= 0)[:, None])
+    copy_async(target.index(buffer * 2 + 1), scales_ptr + row + (offs + 2), mask=(slots >= 0)[:, None])
     async_copy.commit_group()
 
 
@@ -158,7 +154,7 @@ def _copy_ropes(ropes_ptr, slots, target, page_stride, PAGE: gl.constexpr, IS_DE
     """Begin to copy a tile's rope values to shared memory; those of no slot become zero."""
     row = (_locate_slots(slots, page_stride, PAGE, IS_DENSE) + (_LATENT + 16))[:, None] // 2
     offs = gl.arange(0, _ROPE, layout=gl.SliceLayout(0, _ROPES))[None, :]
-    _copy_async(target, ropes_ptr + row + offs, mask=(slots >= 0)[:, None])
+    copy_async(target, ropes_ptr + row + offs, mask=(slots >= 0)[:, None])
     async_copy.commit_group()
 
 
@@ -350,8 +346,8 @@ def _attend_sm90_kernel(
     left = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _HALF], OPERAND)
     right = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _HALF], OPERAND)
     WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32)
-    left_words = _reinterpret(left, gl.int32, [2, _TILE, _HALF // 2], WORDS)
-    right_words = _reinterpret(right, gl.int32, [2, _TILE, _HALF // 2], WORDS)
+    left_words = reinterpret(left, gl.int32, [2, _TILE, _HALF // 2], WORDS)
+    right_words = reinterpret(right, gl.int32, [2, _TILE, _HALF // 2], WORDS)
     ropes = gl.allocate_shared_memory(gl.bfloat16, [2, _TILE, _ROPE], OPERAND)
     scales = gl.allocate_shared_memory(gl.float32, [4, _TILE, 2], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     spoils = gl.allocate_shared_memory(gl.int8, [2, _TILE], FLAT)
@@ -455,5 +451,5 @@ def _find_stop(list_ptr, first, stop, num_slots):
             gl.max(gl.where((slots >= 0) & (slots < num_slots), place + 1, 0), axis=0),
         )
     # Triton reduces in shared memory into which ``warp_specialize`` stores its arguments, and puts no barrier between.
-    _barrier()
+    barrier()
     return found

@@ -13,7 +13,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # renamed in Triton 3.9
+from nextn.ops._gluon_names import barrier
+
 _TOKEN_BITS = gl.constexpr(4)  # of a cell, below its slot
 _TOKEN_MASK = gl.constexpr(15)
 _STOP_SLOT = gl.constexpr(2**28)  # slots from here on do not fit a cell: 176 GB of latents
@@ -143,10 +144,10 @@ def _find_sharers(slots, token, is_slot, FIRST: gl.constexpr, SECOND: gl.constex
     first = ((slots * -1640531535) >> SHIFT) & (FIRST - 1)
     second = FIRST + (((slots * -2048144777) >> (SHIFT + 1)) & (SECOND - 1))
     _raise_cells(first, keys)
-    _barrier()  # the first table is complete
+    barrier()  # the first table is complete
     is_lost = can_share & (_read_cells(first) != keys)
     _raise_some_cells(gl.where(is_lost, second, -1), keys)
-    _barrier()  # the second is, and all have read the first
+    barrier()  # the second is, and all have read the first
     cells = gl.where(is_lost, second, first)
     has_cell = can_share & ((_read_cells(cells) & ~_TOKEN_MASK) == keys)  # others may mark it already
     seen = _mark_cells(cells, gl.where(has_cell, 1 << token, 0))
@@ -184,7 +185,7 @@ def _unite_kernel(
     slots = gl.load(indices_ptr + row.to(gl.int64) * indices_stride + place, mask=is_entry, other=-1)
     table.slice(0, FIRST).store(gl.full([FIRST], 0, gl.int32, FILL))
     table.slice(FIRST, SECOND).store(gl.full([SECOND], 0, gl.int32, FILL))
-    _barrier()  # the tables are empty
+    barrier()  # the tables are empty
     is_slot = (slots >= 0) & (slots < num_slots)
     sharers = _find_sharers(slots, token, is_slot, FIRST, SECOND)
     is_listed = is_slot & ((sharers & ((1 << token) - 1)) == 0)
@@ -193,7 +194,7 @@ def _unite_kernel(
     total = gl.sum(in_warp, axis=0)
     lane, warp = thread % 32, thread // 32
     _write_cells(FIRST + SECOND + warp, total)  # behind the tables
-    _barrier()  # all warps have said how many slots they list
+    barrier()  # all warps have said how many slots they list
     start = _sum_warps_before(lane, warp, FIRST + SECOND + lane)
     target = start[None, :] + up_to - in_warp + before
     first_entry = list_id.to(gl.int64) * TOKENS * topk
